@@ -1,0 +1,48 @@
+# Everything starts from a fresh clone with only Python (3.11 to 3.13) and make. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# More arguments for pytest and the benchmarks, e.g. make test ARGS="-k ledger -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-dapr lint format types dapr bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml uv.lock tools/bootstrap.py
+	@$(PYTHON) tools/bootstrap.py --venv $(VENV) --stamp $(READY)
+
+setup: $(READY) ## Create .venv with everything in it (uv where present, else venv and pip)
+
+demo: setup ## Kill an agent in the middle of its run and watch it finish by itself
+	@$(BIN)/outlast demo
+
+test: setup ## Run the tests (no Dapr installation needed)
+	$(BIN)/pytest -m "not dapr" $(ARGS)
+
+test-dapr: setup dapr ## Run the acceptance tests on a real Dapr runtime
+	$(BIN)/pytest -m "dapr or acceptance" --sidecar=daprd $(ARGS)
+
+lint: setup ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## Mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup ## Check types
+	$(BIN)/mypy
+
+dapr: ## Get daprd, placement and scheduler: an installed Dapr, else a build from source in a cache
+	@$(PYTHON) tools/get_dapr.py
+
+bench: setup ## Measure the cost of a superstep
+	$(BIN)/python benchmarks/supersteps.py $(ARGS)
+
+clean: ## Remove .venv and what the tools left in the tree
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
