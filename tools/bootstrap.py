@@ -15,7 +15,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 EXTRAS = "langgraph,openai-agents"
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", default=".venv")
     parser.add_argument("--stamp", default=".venv/.ready", help="written when all went well")
@@ -29,33 +29,33 @@ def main():
         with_pip(find_python(), args.venv)
     with open(args.stamp, "w") as stamp:
         stamp.write("set up by tools/bootstrap.py\n")
-    say("ready in {:.0f} s".format(time.monotonic() - started))
+    say(f"ready in {time.monotonic() - started:.0f} s")
 
 
-def with_uv(uv, venv):
-    say("creating {} with uv".format(venv))
+def with_uv(uv: str, venv: str) -> None:
+    say(f"creating {venv} with uv")
     environment = dict(os.environ, UV_PROJECT_ENVIRONMENT=venv)
     environment.pop("VIRTUAL_ENV", None)
     run([uv, "sync", "--frozen", "--all-extras", "--quiet"], env=environment)
 
 
-def with_pip(python, venv):
-    say("creating {} with venv and pip (uv is not installed; that is fine, only slower)".format(venv))
+def with_pip(python: str, venv: str) -> None:
+    say(f"creating {venv} with venv and pip (uv is not installed; that is fine, only slower)")
     run([python, "-m", "venv", "--clear", venv])
     pip = [os.path.join(venv, "bin", "python"), "-m", "pip", "--disable-pip-version-check"]
     run([*pip, "install", "--quiet", "--upgrade", "pip>=25.1"])  # the first with --group
     constraints = os.path.join(venv, "constraints.txt")
     run([pip[0], os.path.abspath(__file__), "--write-constraints", constraints])
     say("installing outlast, its extras and the development tools (a minute or two)")
-    run([*pip, "install", "--quiet", "-c", constraints, "-e", ".[{}]".format(EXTRAS), "--group", "dev"])
+    run([*pip, "install", "--quiet", "-c", constraints, "-e", f".[{EXTRAS}]", "--group", "dev"])
 
 
-def find_python():
+def find_python() -> str:
     """This Python where it fits, else the newest fitting one on PATH."""
     if OLDEST <= sys.version_info[:2] <= NEWEST:
         return sys.executable
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
-        found = shutil.which("python3.{}".format(minor))
+        found = shutil.which(f"python3.{minor}")
         if found and subprocess.call([found, "-c", ""], stderr=subprocess.DEVNULL) == 0:
             return found
     raise SystemExit(
@@ -64,29 +64,29 @@ def find_python():
     )
 
 
-def write_constraints(path):
+def write_constraints(path: str) -> None:
     """Turn uv.lock into constraints for pip; a package locked at several versions is left to pip."""
     import tomllib
 
     with open("uv.lock", "rb") as lock:
         packages = tomllib.load(lock)["package"]
-    versions = {}
+    versions: dict[str, list[str]] = {}
     for package in packages:
         if "registry" in package["source"]:
             versions.setdefault(package["name"], []).append(package["version"])
     with open(path, "w") as constraints:
         for name, locked in sorted(versions.items()):
             if len(locked) == 1:
-                constraints.write("{}=={}\n".format(name, locked[0]))
+                constraints.write(f"{name}=={locked[0]}\n")
 
 
-def run(command, **options):
-    code = subprocess.call(command, **options)
+def run(command: "list[str]", env: "dict[str, str] | None" = None) -> None:
+    code = subprocess.call(command, env=env)
     if code:
         raise SystemExit("setup failed: `{}` ended with status {}".format(" ".join(command), code))
 
 
-def say(text):
+def say(text: str) -> None:
     print("[setup] " + text, flush=True)
 
 

@@ -1,8 +1,8 @@
 """Find or build the Dapr runtime the tests run on, and print the directory that holds it.
 
 Three binaries are needed: daprd, placement and scheduler. They are taken from PATH or from `~/.dapr/bin` when all three
-are there and daprd has the right minor version; else they are built from the module in tools/dapr into a cache outside the tree
-(`$OUTLAST_CACHE`, else `$XDG_CACHE_HOME/outlast`, else `~/.cache/outlast`). Only the standard library is used.
+are there and daprd has the right minor version; else they are built from the module in tools/dapr into a cache outside
+the tree (`$OUTLAST_CACHE`, else `$XDG_CACHE_HOME/outlast`, else `~/.cache/outlast`). Only the standard library is used.
 """
 
 import argparse
@@ -91,7 +91,9 @@ def build() -> Path:
     go = find_go()
     target = cache_directory()
     target.parent.mkdir(parents=True, exist_ok=True)
-    say(f"building Dapr {pinned_version()} from source, once (5 to 15 minutes; it needs about 6 GB for Go's own caches)")
+    say(
+        f"building Dapr {pinned_version()} from source, once (5 to 15 minutes; it needs about 6 GB for Go's own caches)"
+    )
     with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as temporary:
         staging = Path(temporary) / "bin"
         staging.mkdir()
@@ -125,8 +127,8 @@ def find_go() -> str:
     go = shutil.which("go")
     if go is None:
         raise DaprNotFound(
-            f"Go is not installed, and it is needed to build Dapr. Install Go {needed[1]} or newer (https://go.dev/dl/). "
-            f"{alternative()}"
+            f"Go is not installed, and it is needed to build Dapr. Install Go {needed[1]} or newer "
+            f"(https://go.dev/dl/). {alternative()}"
         )
     # Run in the module: Go 1.21 or newer then fetches the toolchain the module asks for, where it is allowed to.
     done = subprocess.run([go, "env", "GOVERSION"], cwd=MODULE, capture_output=True, text=True, check=False)
