@@ -1,0 +1,263 @@
+"""Where channel values are kept: packs, blobs of their own for large ones, and segments for lists.
+
+A pack is the record of one commit: the checkpoints and writes in it and the small values they hold. A value is found by
+its locator:
+
+* `[pack, index]`: a value in a pack's table; one larger than `INLINE` is a record of its own that the table names;
+* `{"l": [length, base, tail]}`: a list, kept by segments. `tail` has up to `TAIL` pairs `[locator, items]`, one for
+  each time the list grew; `base` is the locator of a node that holds what came before, merged into larger segments.
+  So a list that grows by one item a turn costs the same at every turn, and is read in a bounded number of bulk reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import ormsgpack
+
+from outlast.checkpointer import records
+from outlast.checkpointer.client import Steps, load
+from outlast.errors import CorruptRecordError
+
+INLINE: Final = 16_384
+TAIL: Final = 32
+_MERGE_LIMIT: Final = 65_536
+_NODE: Final = "outlast-node"
+_CHECKED: Final = 8
+
+Typed = tuple[str, bytes]
+Locator = Any
+
+
+@dataclass
+class PackWriter:
+    """Collects what one commit writes.
+
+    Args:
+        key: Key of the thread's head.
+        name: Name of the pack's record, relative to `key`.
+    """
+
+    key: str
+    name: str
+    table: list[list[Any]] = field(default_factory=list)
+    checkpoints: list[list[Any]] = field(default_factory=list)
+    writes: list[list[Any]] = field(default_factory=list)
+    _known: dict[Typed, int] = field(default_factory=dict)
+    _large: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def add(self, value: Typed) -> Locator:
+        """Enter a serialised value and return its locator; equal values are stored once."""
+        index = self._known.get(value)
+        if index is None:
+            kind, data = value
+            index = self._known[value] = len(self.table)
+            if len(data) <= INLINE:
+                self.table.append([kind, data])
+            else:
+                name = f"{self.name}-b{index}"
+                self._large.append((f"{self.key}-{name}", records.encode(records.BLOB, data)))
+                self.table.append([kind, None, name])
+        return [self.name, index]
+
+    def finish(self, limit: int) -> list[tuple[str, bytes]]:
+        """Return the records of this commit, none with a value longer than `limit` bytes."""
+        body = {"b": self.table, "c": self.checkpoints, "w": self.writes}
+        whole = [*self._large, (f"{self.key}-{self.name}", records.encode(records.PACK, body))]
+        return [part for key, data in whole for part in records.split(key, data, limit)]
+
+
+class PackReader:
+    """Reads values by locator, each record once.
+
+    Args:
+        key: Key of the thread's head.
+        loads: Deserialises a typed value.
+    """
+
+    def __init__(self, key: str, loads: Callable[[Typed], Any]) -> None:
+        self._key = key
+        self._loads = loads
+        self._packs: dict[str, Any] = {}
+        self._large: dict[str, bytes] = {}
+
+    def packs(self, names: Iterable[str]) -> Steps[dict[str, Any]]:
+        """Read the packs of these names in bulk and return all that were read so far."""
+        missing = [name for name in dict.fromkeys(names) if name not in self._packs]
+        found = yield from load([f"{self._key}-{name}" for name in missing])
+        for name in missing:
+            key = f"{self._key}-{name}"
+            self._packs[name] = records.decode(key, records.PACK, found.get(key, b""))
+        return self._packs
+
+    def fetch(self, locators: Sequence[Locator]) -> Steps[None]:
+        """Read everything that `value` needs for `locators`, in a bounded number of bulk reads."""
+        plain = [locator for locator in locators if isinstance(locator, list)]
+        lists = [locator["l"] for locator in locators if isinstance(locator, dict)]
+        while lists or plain:
+            plain += [segment for _, _, tail in lists for segment, _ in tail]
+            bases = [base for _, base, _ in lists if base]
+            yield from self._tables([*plain, *bases])
+            nodes = [self._node(base) for base in bases]
+            # A node names its own segments and, for very long lists, the full nodes before it.
+            lists = [[0, None, node["s"]] for node in nodes] + [[0, up, []] for node in nodes for up in node["u"]]
+            plain = []
+
+    def _tables(self, locators: list[Locator]) -> Steps[None]:
+        packs = yield from self.packs(name for name, _ in locators)
+        rows = [packs[name]["b"][index] for name, index in locators]
+        large = [row[2] for row in rows if row[1] is None and row[2] not in self._large]
+        found = yield from load([f"{self._key}-{name}" for name in dict.fromkeys(large)])
+        for name in large:
+            key = f"{self._key}-{name}"
+            self._large[name] = records.decode(key, records.BLOB, found.get(key, b""))
+
+    def typed(self, locator: Locator) -> Typed:
+        """Return the serialised value at a plain locator that was fetched."""
+        name, index = locator
+        try:
+            row = self._packs[name]["b"][index]
+        except (IndexError, TypeError) as error:
+            raise CorruptRecordError(f"record {self._key}-{name} has no value {index!r}") from error
+        return (row[0], row[1] if row[1] is not None else self._large[row[2]])
+
+    def value(self, locator: Locator) -> Any:
+        """Return the value at `locator`, all of which was fetched."""
+        if isinstance(locator, list):
+            return self._loads(self.typed(locator))
+        length, base, tail = locator["l"]
+        items: list[Any] = []
+        for segment in [*self._segments(base), *(segment for segment, _ in tail)]:
+            items.extend(self._loads(self.typed(segment)))
+        if len(items) != length:
+            raise CorruptRecordError(f"a list of {self._key} has {len(items)} of {length} items")
+        return items
+
+    def list_state(self, locator: Locator, items: list[Any], dumps: Callable[[Any], Typed]) -> ListState:
+        """Return what `store_list` must know of the list at `locator`, whose fetched value is `items`."""
+        length, base, tail = locator["l"]
+        node = self._node(base) if base else None
+        return _list_state(items, length, base, tail, node, dumps)
+
+    def _segments(self, base: Locator | None) -> list[Locator]:
+        if base is None:
+            return []
+        node = self._node(base)
+        older = [segment for up in node["u"] for segment in self._segments(up)]
+        return older + [segment for segment, _ in node["s"]]
+
+    def _node(self, locator: Locator) -> Any:
+        kind, data = self.typed(locator)
+        if kind != _NODE:
+            raise CorruptRecordError(f"a list of {self._key} points to a value that is no node")
+        return ormsgpack.unpackb(data)
+
+
+@dataclass
+class ListState:
+    """A list as it was last stored, to find what has changed since.
+
+    Attributes:
+        items: The items; kept, so that an unchanged item is the same object.
+        contents: The `content` of each item that has one, to notice a message edited in place.
+        last: The last few items in serialised form, to notice any edit among them.
+    """
+
+    items: list[Any]
+    contents: list[Any]
+    last: list[Typed]
+    length: int
+    base: Locator | None
+    tail: list[list[Any]]
+    node: dict[str, Any] | None = None
+
+    @property
+    def locator(self) -> Locator:
+        return {"l": [self.length, self.base, self.tail]}
+
+
+def store_list(items: list[Any], old: ListState | None, pack: PackWriter, dumps: Callable[[Any], Typed]) -> ListState:
+    """Store `items` in `pack`, sharing the segments of `old` that are unchanged, and return the new state."""
+    kept = _unchanged(items, old, dumps) if old else 0
+    base: Locator | None = None
+    node: dict[str, Any] | None = None
+    tail: list[list[Any]] = []
+    covered = 0
+    if old and kept:
+        covered = old.length - sum(count for _, count in old.tail)
+        if kept >= covered:
+            base, node = old.base, old.node
+            for segment, count in old.tail:
+                if covered + count > kept:
+                    break
+                tail.append([segment, count])
+                covered += count
+        else:
+            covered = 0
+    if covered < len(items):
+        tail.append([pack.add(dumps(items[covered:])), len(items) - covered])
+    if len(tail) > TAIL:
+        base, node = _merge(items, base, node, tail, pack, dumps)
+        tail = []
+    return _list_state(items, len(items), base, tail, node, dumps)
+
+
+def _list_state(
+    items: list[Any],
+    length: int,
+    base: Locator | None,
+    tail: list[list[Any]],
+    node: dict[str, Any] | None,
+    dumps: Callable[[Any], Typed],
+) -> ListState:
+    return ListState(
+        items=list(items),
+        contents=[getattr(item, "content", None) for item in items],
+        last=[dumps(item) for item in items[-_CHECKED:]],
+        length=length,
+        base=base,
+        tail=tail,
+        node=node,
+    )
+
+
+def _unchanged(items: list[Any], old: ListState, dumps: Callable[[Any], Typed]) -> int:
+    """Return how many items at the start of the list are as they were stored."""
+    kept = 0
+    for item, before, content in zip(items, old.items, old.contents, strict=False):
+        if item is not before and (type(item) not in _SCALARS or type(item) is not type(before) or item != before):
+            break
+        if getattr(item, "content", None) is not content:
+            break
+        kept += 1
+    # An item edited in place is still the same object: look at the last ones closely.
+    first = len(old.items) - len(old.last)
+    for position in range(first, min(kept, len(old.items))):
+        if dumps(items[position]) != old.last[position - first]:
+            return position
+    return kept
+
+
+_SCALARS: Final = frozenset((str, int, float, bool, bytes, type(None)))
+
+
+def _merge(
+    items: list[Any],
+    base: Locator | None,
+    node: dict[str, Any] | None,
+    tail: list[list[Any]],
+    pack: PackWriter,
+    dumps: Callable[[Any], Typed],
+) -> tuple[Locator, dict[str, Any]]:
+    """Move `tail` into a new node, as one segment where that is small, and return its locator and content."""
+    covered = len(items) - sum(count for _, count in tail)
+    merged = dumps(items[covered:])
+    segments = [[pack.add(merged), len(items) - covered]] if len(merged[1]) <= _MERGE_LIMIT else tail
+    node = node or {"s": [], "u": []}
+    if len(node["s"]) + len(segments) > TAIL and base is not None:
+        node = {"s": segments, "u": [*node["u"], base]}
+    else:
+        node = {"s": [*node["s"], *segments], "u": node["u"]}
+    return pack.add((_NODE, ormsgpack.packb(node))), node

@@ -1,0 +1,429 @@
+"""The state store seen through the sidecar: operations as values, one sync and one async driver for them.
+
+Everything above writes generators that yield operations and get back results; nothing above knows gRPC. The two drivers
+below are all the code that is written twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import grpc
+from dapr.conf import settings
+from dapr.proto import api_service_v1, api_v1, common_v1
+
+from outlast.checkpointer import quirks, records
+from outlast.checkpointer.sidecar import Address, locate
+from outlast.errors import (
+    RecordTooLargeError,
+    SidecarUnavailableError,
+    StoreError,
+    StoreNotFoundError,
+    UnsupportedStoreError,
+)
+
+logger = logging.getLogger("outlast.store")
+
+T = TypeVar("T")
+
+_FIRST_WRITE: Final = common_v1.StateOptions(concurrency=common_v1.StateOptions.CONCURRENCY_FIRST_WRITE)
+_OUTAGE: Final = 30.0
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A value read from the store. `data` is empty where there is none; `etag` is what a swap must show."""
+
+    data: bytes = b""
+    etag: str = ""
+
+
+@dataclass(frozen=True)
+class Get:
+    """Read `keys`; the result is a `dict[str, Item]` that has all of them."""
+
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Write `records`, whose keys nobody else writes. The result is None."""
+
+    records: Sequence[tuple[str, bytes]]
+    ttl: int | None = None
+
+
+@dataclass(frozen=True)
+class Create:
+    """Write `value` at `key` if nothing is there. The result is False where something was, or where that is unclear."""
+
+    key: str
+    value: bytes
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Write `records`, then `value` at `key` if its ETag still is `etag`.
+
+    The result is False where it no longer is, or where that is unclear: read the key back and look.
+    """
+
+    key: str
+    value: bytes
+    etag: str
+    records: Sequence[tuple[str, bytes]] = ()
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Remove `keys`, whether they are there or not. The result is None."""
+
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait for `seconds`. The result is None."""
+
+    seconds: float
+
+
+Operation = Get | Save | Create | Swap | Delete | Pause
+Steps = Generator[Operation, Any, T]
+"""A rule, written sans I/O: yields operations, is sent their results, returns a `T`."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the sidecar says of a state store component, corrected by what is known of its kind."""
+
+    component_type: str
+    version: str
+    transactional: bool
+    ttl: bool
+    quirks: quirks.Quirks
+
+
+class StateClient:
+    """One state store component behind one sidecar. Safe to use from any thread and any event loop.
+
+    Args:
+        store: Name of the state store component.
+        address: The sidecar; found in the environment, or started embedded, if not given.
+    """
+
+    def __init__(self, store: str, address: Address | None = None) -> None:
+        self.store = store
+        self.address = address or locate()
+        self._metadata = (("dapr-api-token", settings.DAPR_API_TOKEN),) if settings.DAPR_API_TOKEN else ()
+        self._lock = threading.Lock()
+        self._capabilities: Capabilities | None = None
+        self._channel = self._open(grpc)
+        self._stub = api_service_v1.DaprStub(self._channel)
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
+
+    def _open(self, kind: Any) -> Any:
+        if self.address.tls:
+            return kind.secure_channel(self.address.target, grpc.ssl_channel_credentials(), options=_CHANNEL_OPTIONS)
+        return kind.insecure_channel(self.address.target, options=_CHANNEL_OPTIONS)
+
+    def _async_stub(self) -> Any:
+        loop = asyncio.get_running_loop()
+        stub = self._loops.get(loop)
+        if stub is None:
+            stub = self._loops[loop] = api_service_v1.DaprStub(self._open(grpc.aio))
+        return stub
+
+    # --- the two drivers
+
+    def run(self, steps: Steps[T]) -> T:
+        """Carry `steps` out and return what they return. Blocks."""
+        try:
+            operation = next(steps)
+            while True:
+                try:
+                    result = self._perform(operation)
+                except Exception as error:
+                    operation = steps.throw(error)
+                else:
+                    operation = steps.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    async def arun(self, steps: Steps[T]) -> T:
+        """Carry `steps` out and return what they return, on the running event loop."""
+        try:
+            operation = next(steps)
+            while True:
+                try:
+                    result = await self._aperform(operation)
+                except Exception as error:
+                    operation = steps.throw(error)
+                else:
+                    operation = steps.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    def _perform(self, operation: Operation) -> Any:
+        if isinstance(operation, Pause):
+            return time.sleep(operation.seconds)
+        calls = self._calls(operation)
+        try:
+            method, request = next(calls)
+            while True:
+                started = time.monotonic()
+                delay = 0.05
+                while True:
+                    try:
+                        reply: Any = getattr(self._stub, method)(request, metadata=self._metadata)
+                    except grpc.RpcError as error:
+                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < _OUTAGE:
+                            time.sleep(delay)
+                            delay = min(delay * 2, 1.0)
+                            continue
+                        reply = error
+                    break
+                method, request = calls.send(reply)
+        except StopIteration as stop:
+            return stop.value
+
+    async def _aperform(self, operation: Operation) -> Any:
+        if isinstance(operation, Pause):
+            return await asyncio.sleep(operation.seconds)
+        stub = self._async_stub()
+        calls = self._calls(operation)
+        try:
+            method, request = next(calls)
+            while True:
+                started = time.monotonic()
+                delay = 0.05
+                while True:
+                    try:
+                        reply: Any = await getattr(stub, method)(request, metadata=self._metadata)
+                    except grpc.RpcError as error:
+                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < _OUTAGE:
+                            await asyncio.sleep(delay)
+                            delay = min(delay * 2, 1.0)
+                            continue
+                        reply = error
+                    break
+                method, request = calls.send(reply)
+        except StopIteration as stop:
+            return stop.value
+
+    # --- operations as gRPC calls: yields (method, request), is sent the reply or the RpcError
+
+    def _calls(self, operation: Operation) -> Generator[tuple[str, Any], Any, Any]:
+        if self._capabilities is None:
+            yield from self._discover()
+        match operation:
+            case Get():
+                return (yield from self._get(list(operation.keys)))
+            case Save():
+                yield from self._save(operation.records, operation.ttl)
+            case Create():
+                return (yield from self._create(operation))
+            case Swap():
+                return (yield from self._swap(operation))
+            case Delete():
+                for start in range(0, len(operation.keys), 100):
+                    states = [common_v1.StateItem(key=key) for key in operation.keys[start : start + 100]]
+                    reply = yield (
+                        "DeleteBulkState",
+                        api_v1.state_pb2.DeleteBulkStateRequest(store_name=self.store, states=states),
+                    )
+                    self._check(reply)
+        return None
+
+    def _get(self, keys: list[str]) -> Generator[tuple[str, Any], Any, dict[str, Item]]:
+        if len(keys) == 1:
+            reply = yield "GetState", api_v1.state_pb2.GetStateRequest(store_name=self.store, key=keys[0])
+            self._check(reply)
+            return {keys[0]: Item(reply.data, reply.etag)}
+        found: dict[str, Item] = {}
+        batches = [keys[start : start + 100] for start in range(0, len(keys), 100)]
+        while batches:
+            batch = batches.pop()
+            reply = yield (
+                "GetBulkState",
+                api_v1.state_pb2.GetBulkStateRequest(store_name=self.store, keys=batch, parallelism=10),
+            )
+            if _code(reply) == grpc.StatusCode.RESOURCE_EXHAUSTED and len(batch) > 1:
+                # The reply outgrew the sidecar's message limit: ask for half as much.
+                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                continue
+            self._check(reply)
+            for item in reply.items:
+                if item.error:
+                    raise StoreError(f"state store {self.store!r} could not read {item.key!r}: {item.error}")
+                found[item.key] = Item(item.data, item.etag)
+        return {key: found.get(key, Item()) for key in keys}
+
+    def _save(
+        self, pairs: Sequence[tuple[str, bytes]], ttl: int | None = None
+    ) -> Generator[tuple[str, Any], Any, None]:
+        metadata = {"ttlInSeconds": str(ttl)} if ttl and self.capabilities.ttl else {}
+        batch: list[Any] = []
+        size = 0
+        for key, value in pairs:
+            # Small batches: a bulk save is not atomic and some components run it unbounded in parallel.
+            if batch and (len(batch) >= 50 or size + len(value) > quirks.MAX_MESSAGE - 500_000):
+                self._check((yield "SaveState", self._save_request(batch)))
+                batch, size = [], 0
+            batch.append(common_v1.StateItem(key=key, value=value, metadata=metadata))
+            size += len(value)
+        if batch:
+            self._check((yield "SaveState", self._save_request(batch)))
+
+    def _save_request(self, items: list[Any]) -> Any:
+        return api_v1.state_pb2.SaveStateRequest(store_name=self.store, states=items)
+
+    def _create(self, operation: Create) -> Generator[tuple[str, Any], Any, bool]:
+        item = common_v1.StateItem(key=operation.key, value=operation.value, options=_FIRST_WRITE)
+        reply = yield "SaveState", self._save_request([item])
+        return self._settled(reply)
+
+    def _swap(self, operation: Swap) -> Generator[tuple[str, Any], Any, bool]:
+        head = common_v1.StateItem(
+            key=operation.key, value=operation.value, etag=common_v1.Etag(value=operation.etag), options=_FIRST_WRITE
+        )
+        pairs = operation.records
+        size = sum(len(value) for _, value in pairs) + len(operation.value)
+        fits = size < quirks.MAX_MESSAGE - 500_000 and len(pairs) < self.capabilities.quirks.max_operations
+        if not (pairs and fits and self.capabilities.transactional):
+            yield from self._save(pairs)
+            reply = yield "SaveState", self._save_request([head])
+            return self._settled(reply)
+        items = [common_v1.StateItem(key=key, value=value) for key, value in pairs]
+        reply = yield (
+            "ExecuteStateTransaction",
+            api_v1.state_pb2.ExecuteStateTransactionRequest(
+                storeName=self.store,
+                operations=[
+                    api_v1.state_pb2.TransactionalStateOperation(operationType="upsert", request=item)
+                    for item in (*items, head)
+                ],
+            ),
+        )
+        return self._settled(reply)
+
+    def _settled(self, reply: Any) -> bool:
+        """Tell whether a conditional write went through; components differ in how they say that it did not."""
+        code = _code(reply)
+        if code is None:
+            return True
+        if code in _REFUSED or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            self._check(reply)
+        logger.debug("conditional write not acknowledged: %s", code)
+        return False
+
+    # --- what the sidecar has
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do; asks the sidecar once.
+
+        Raises:
+            SidecarUnavailableError: If no sidecar answers.
+            StoreNotFoundError: If the sidecar has no such component.
+            UnsupportedStoreError: If the component cannot compare-and-swap.
+        """
+        if self._capabilities is None:
+            self._perform(Delete(()))
+        assert self._capabilities is not None
+        return self._capabilities
+
+    def _discover(self) -> Generator[tuple[str, Any], Any, None]:
+        reply = yield "GetMetadata", api_v1.metadata_pb2.GetMetadataRequest()
+        self._check(reply)
+        stores = {c.name: c for c in reply.registered_components if c.type.startswith("state.")}
+        if self.store not in stores:
+            raise StoreNotFoundError(
+                f"the {self.address} has no state store {self.store!r}; it has "
+                f"{', '.join(map(repr, sorted(stores))) or 'none'}: use one of those names, "
+                "or add the component's YAML to the sidecar's resources"
+            )
+        component = stores[self.store]
+        known = quirks.of(component.type)
+        if "ETAG" not in component.capabilities or not known.sound_cas:
+            raise UnsupportedStoreError(
+                f"state store {self.store!r} ({component.type}) cannot hold exactly-once state: "
+                f"{known.why or 'it has no ETags'}. Choose a component with optimistic concurrency, such as "
+                "state.postgresql, state.redis, state.sqlite, state.mysql or state.mongodb"
+            )
+        self._capabilities = Capabilities(
+            component_type=component.type,
+            version=component.version,
+            transactional="TRANSACTIONAL" in component.capabilities,
+            ttl="TTL" in component.capabilities,
+            quirks=known,
+        )
+
+    def _check(self, reply: Any) -> None:
+        code = _code(reply)
+        if code is None:
+            return
+        details = reply.details() or ""
+        if code == grpc.StatusCode.UNAVAILABLE:
+            raise SidecarUnavailableError(
+                f"no answer from the {self.address}: {details}. Start it (`dapr run …`, `outlast sidecar`), "
+                "or unset DAPR_GRPC_PORT and DAPR_GRPC_ENDPOINT to use the embedded one"
+            ) from reply
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise RecordTooLargeError(
+                f"the {self.address} refused a message as too large: {details}. Start daprd with a larger "
+                "--max-body-size, or keep large values out of the agent's state"
+            ) from reply
+        if "state store" in details and ("not found" in details or "not configured" in details):
+            raise StoreNotFoundError(f"the {self.address} has no state store {self.store!r}: {details}") from reply
+        raise StoreError(f"state store {self.store!r} at the {self.address}: {code.name}: {details}") from reply
+
+    def close(self) -> None:
+        """Close the connection of the sync driver; those of event loops end with their loops."""
+        self._channel.close()
+
+
+_REFUSED: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+def _code(reply: Any) -> grpc.StatusCode | None:
+    return reply.code() if isinstance(reply, grpc.RpcError) else None
+
+
+def load(keys: Sequence[str]) -> Steps[dict[str, bytes]]:
+    """Read records by key, put together where they are stored in chunks. Absent ones are left out."""
+    if not keys:
+        return {}
+    items: dict[str, Item] = yield Get(keys)
+    parts = {key: records.chunk_keys(key, item.data) for key, item in items.items()}
+    wanted = [name for names in parts.values() for name in names]
+    chunks: dict[str, Item] = (yield Get(wanted)) if wanted else {}
+    found: dict[str, bytes] = {}
+    for key, item in items.items():
+        if parts[key]:
+            found[key] = records.join(key, item.data, {name: chunks[name].data for name in parts[key]})
+        elif item.data:
+            found[key] = item.data
+    return found

@@ -1,0 +1,255 @@
+"""The head of a thread: who owns it, which run it serves, and the index of what is committed.
+
+The index is a log of entries, one per checkpoint, in pages of fixed size. The head holds the open page and the refs of
+up to `_PAGE` sealed ones; full lists of refs are sealed into pages of their own, chained backwards. So a commit costs
+the same at the first and at the ten-thousandth checkpoint. An entry that changes after its page was sealed (late
+writes) is entered again; the newest entry of a checkpoint counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from outlast.checkpointer import records
+from outlast.checkpointer.client import Steps, load
+
+_PAGE: Final = 32
+_RECENT: Final = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint in the index.
+
+    Attributes:
+        ns: Checkpoint namespace.
+        checkpoint_id: LangGraph's id of the checkpoint.
+        pack: Name of the record that holds it; empty while only writes for it are known.
+        writes: Names of the records that hold pending writes for it, oldest first.
+    """
+
+    ns: str
+    checkpoint_id: str
+    pack: str = ""
+    writes: tuple[str, ...] = ()
+
+    def body(self) -> list[Any]:
+        return [self.ns, self.checkpoint_id, self.pack, list(self.writes)]
+
+    @staticmethod
+    def of(body: list[Any]) -> Entry:
+        ns, checkpoint_id, pack, writes = body
+        return Entry(ns, checkpoint_id, pack, tuple(writes))
+
+    def merged(self, newer: Entry) -> Entry:
+        """Return this entry with what `newer` adds to it."""
+        extra = tuple(name for name in newer.writes if name not in self.writes)
+        return Entry(self.ns, self.checkpoint_id, newer.pack or self.pack, self.writes + extra)
+
+
+@dataclass(frozen=True)
+class PageRef:
+    """A sealed page of entries: its name and the range of checkpoint ids in it."""
+
+    name: str
+    first: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """The one record of a thread that is overwritten. See the module's docstring for the index fields.
+
+    Attributes:
+        thread_id: The thread.
+        epoch: Number of the attempt that owns the thread; 0 if no run ever did.
+        owner: Id of the worker of that attempt.
+        active: Id of the run the thread serves now.
+        queue: Ids of the runs that wait for their turn.
+        recent: Ids of the last commits, to recognise one whose acknowledgement was lost.
+        root: The newest checkpoint of the root namespace.
+        newest: The highest checkpoint id entered so far, in any namespace.
+    """
+
+    thread_id: str
+    epoch: int = 0
+    owner: str = ""
+    active: str = ""
+    queue: tuple[str, ...] = ()
+    recent: tuple[str, ...] = ()
+    root: Entry | None = None
+    newest: str = ""
+    open: tuple[Entry, ...] = ()
+    pages: tuple[PageRef, ...] = ()
+    chain: str = ""
+    deleted: bool = False
+
+    def encode(self) -> bytes:
+        """Return the record of this head."""
+        return records.encode(
+            records.THREAD_HEAD,
+            {
+                "t": self.thread_id,
+                "e": self.epoch,
+                "o": self.owner,
+                "a": self.active,
+                "q": list(self.queue),
+                "k": list(self.recent),
+                "r": self.root.body() if self.root else None,
+                "m": self.newest,
+                "x": [entry.body() for entry in self.open],
+                "p": [[ref.name, ref.first, ref.last] for ref in self.pages],
+                "c": self.chain,
+                "d": self.deleted,
+            },
+        )
+
+    @staticmethod
+    def decode(key: str, data: bytes) -> Head:
+        """Return the head stored at `key`."""
+        body = records.decode(key, records.THREAD_HEAD, data)
+        return Head(
+            thread_id=body["t"],
+            epoch=body["e"],
+            owner=body["o"],
+            active=body["a"],
+            queue=tuple(body["q"]),
+            recent=tuple(body["k"]),
+            root=Entry.of(body["r"]) if body["r"] else None,
+            newest=body["m"],
+            open=tuple(Entry.of(entry) for entry in body["x"]),
+            pages=tuple(PageRef(*ref) for ref in body["p"]),
+            chain=body["c"],
+            deleted=body["d"],
+        )
+
+    def committed(self, commit_id: str) -> Head:
+        """Return this head marked as the outcome of `commit_id`."""
+        return replace(self, recent=(*self.recent[-_RECENT + 1 :], commit_id))
+
+
+@dataclass
+class Index:
+    """Reads and extends the index of one thread.
+
+    Sealed pages never change, so those once read are kept.
+
+    Args:
+        key: Key of the thread's head.
+    """
+
+    key: str
+    _pages: dict[str, Any] = field(default_factory=dict)
+
+    def _bodies(self, names: Iterable[str], lenient: bool = False) -> Steps[None]:
+        missing = [name for name in names if name not in self._pages]
+        found = yield from load([f"{self.key}-{name}" for name in missing])
+        for name in missing:
+            key = f"{self.key}-{name}"
+            if lenient and key not in found:
+                self._pages[name] = {"x": [], "p": [], "c": ""}
+            else:
+                self._pages[name] = records.decode(key, records.PAGE, found.get(key, b""))
+
+    def sealed(self) -> list[str]:
+        """Return the names of the sealed pages read so far."""
+        return list(self._pages)
+
+    def _entries(self, ref: str) -> list[Entry]:
+        return [Entry.of(body) for body in self._pages[ref]["x"]]
+
+    def find(self, head: Head, ns: str, checkpoint_id: str) -> Steps[Entry | None]:
+        """Return the entry of a checkpoint, or None."""
+        near = [head.root] if head.root else []
+        for entry in (*near, *reversed(head.open)):
+            if (entry.ns, entry.checkpoint_id) == (ns, checkpoint_id):
+                return entry
+        pages, chain = head.pages, head.chain
+        while True:
+            hits = [ref.name for ref in reversed(pages) if ref.first <= checkpoint_id <= ref.last]
+            yield from self._bodies(hits)
+            for name in hits:
+                for entry in reversed(self._entries(name)):
+                    if (entry.ns, entry.checkpoint_id) == (ns, checkpoint_id):
+                        return entry
+            if not chain:
+                return None
+            pages, chain = yield from self._older(chain)
+
+    def _older(self, chain: str, lenient: bool = False) -> Steps[tuple[tuple[PageRef, ...], str]]:
+        yield from self._bodies([chain], lenient)
+        body = self._pages[chain]
+        return tuple(PageRef(*ref) for ref in body["p"]), body["c"]
+
+    def latest(self, head: Head, ns: str) -> Steps[Entry | None]:
+        """Return the newest checkpoint of a namespace, or None."""
+        if ns == "":
+            return head.root
+        entries = yield from self.entries(head)
+        mine = [entry for entry in entries if entry.ns == ns and entry.pack]
+        return max(mine, key=lambda entry: entry.checkpoint_id, default=None)
+
+    def entries(self, head: Head, lenient: bool = False) -> Steps[list[Entry]]:
+        """Return all entries, those of the newest checkpoint ids first, each checkpoint once.
+
+        Args:
+            lenient: Take a missing page for an empty one, as when a deletion goes on that was cut short.
+        """
+        newest: dict[tuple[str, str], Entry] = {}
+        pages, chain = head.pages, head.chain
+        for entry in (*([head.root] if head.root else []), *reversed(head.open)):
+            newest.setdefault((entry.ns, entry.checkpoint_id), entry)
+        while True:
+            yield from self._bodies([ref.name for ref in pages], lenient)
+            for ref in reversed(pages):
+                for entry in reversed(self._entries(ref.name)):
+                    newest.setdefault((entry.ns, entry.checkpoint_id), entry)
+            if not chain:
+                break
+            pages, chain = yield from self._older(chain, lenient)
+        return sorted(newest.values(), key=lambda entry: entry.checkpoint_id, reverse=True)
+
+    def extend(self, head: Head, changes: Iterable[Entry], name: str) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
+        """Return `head` with `changes` entered, and the records of the pages that this sealed.
+
+        Args:
+            name: A record name not used before; pages are named after it.
+        """
+        entries = list(head.open)
+        root, newest = head.root, head.newest
+        for change in changes:
+            position = _position(entries, change)
+            if position is not None:
+                entry = entries[position] = entries[position].merged(change)
+            else:
+                # Checkpoint ids grow with time, so one above all others cannot be in a sealed page.
+                fresh = change.checkpoint_id > newest
+                old = None if fresh else (yield from self.find(head, change.ns, change.checkpoint_id))
+                entry = old.merged(change) if old else change
+                entries.append(entry)
+            if not entry.ns and entry.pack and (root is None or entry.checkpoint_id >= root.checkpoint_id):
+                root = entry
+            newest = max(newest, entry.checkpoint_id)
+        pages, chain = list(head.pages), head.chain
+        sealed: list[tuple[str, bytes]] = []
+        if len(entries) >= _PAGE:
+            ids = [entry.checkpoint_id for entry in entries]
+            pages.append(PageRef(f"{name}-p", min(ids), max(ids)))
+            body = {"x": [entry.body() for entry in entries]}
+            sealed.append((f"{self.key}-{name}-p", records.encode(records.PAGE, body)))
+            entries = []
+        if len(pages) >= _PAGE:
+            links = {"p": [[ref.name, ref.first, ref.last] for ref in pages], "c": chain}
+            sealed.append((f"{self.key}-{name}-q", records.encode(records.PAGE, links)))
+            pages, chain = [], f"{name}-q"
+        extended = replace(head, root=root, newest=newest, open=tuple(entries), pages=tuple(pages), chain=chain)
+        return extended, sealed
+
+
+def _position(entries: list[Entry], wanted: Entry) -> int | None:
+    for position in range(len(entries) - 1, -1, -1):
+        if (entries[position].ns, entries[position].checkpoint_id) == (wanted.ns, wanted.checkpoint_id):
+            return position
+    return None

@@ -1,0 +1,457 @@
+"""DaprSaver: LangGraph's checkpointer on any Dapr state store that can compare-and-swap."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, cast
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
+    BaseCheckpointSaver,
+    ChannelVersions,
+    Checkpoint,
+    CheckpointMetadata,
+    CheckpointTuple,
+    get_checkpoint_id,
+    get_checkpoint_metadata,
+    writes_sort_key,
+)
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed, store_list
+from outlast.checkpointer.client import StateClient, Steps
+from outlast.checkpointer.head import Entry
+from outlast.checkpointer.lane import Lane, Lanes
+from outlast.checkpointer.registry import THREADS
+from outlast.checkpointer.thread import Fence, ThreadLog
+from outlast.errors import CorruptRecordError, OutlastError, SerializationError
+
+_BATCH: Final = 20
+
+
+class _Row(NamedTuple):
+    """A checkpoint as a pack holds it. `checkpoint`, `metadata` and the values of `channels` are locators."""
+
+    ns: str
+    checkpoint_id: str
+    parent_id: str
+    checkpoint: Any
+    metadata: Any
+    channels: dict[str, Any]
+
+
+@dataclass
+class _Put:
+    """A checkpoint to commit."""
+
+    serde: SerializerProtocol
+    ns: str
+    parent_id: str
+    checkpoint: Checkpoint
+    metadata: CheckpointMetadata
+    new_versions: ChannelVersions
+    completes: bool = True
+
+    def prepare(self, lane: Lane, pack: PackWriter) -> Steps[Entry]:
+        values = self.checkpoint["channel_values"]
+        versions = self.checkpoint["channel_versions"]
+        known = yield from self._parent_channels(lane)
+        stored: dict[str, tuple[Any, Any]] = {}
+        lists: list[tuple[str, ListState]] = []
+        for name, value in values.items():
+            version = versions.get(name)
+            if name not in self.new_versions and name in known and known[name][0] == version:
+                stored[name] = known[name]
+            elif type(value) is list:
+                state = store_list(value, lane.lists.get((self.ns, name)), pack, self._dumps)
+                lists.append((name, state))
+                stored[name] = (version, state.locator)
+            else:
+                stored[name] = (version, pack.add(self._dumps(value)))
+        bare = {key: value for key, value in self.checkpoint.items() if key != "channel_values"}
+        row = _Row(
+            ns=self.ns,
+            checkpoint_id=self.checkpoint["id"],
+            parent_id=self.parent_id,
+            checkpoint=pack.add(self._dumps(bare)),
+            metadata=pack.add(self._dumps(self.metadata)),
+            channels={name: locator for name, (_, locator) in stored.items()},
+        )
+        pack.checkpoints.append(list(row))
+        lane.remember(self.ns, self.checkpoint["id"], stored)
+        for name, state in lists:
+            lane.remember_list(self.ns, name, state)
+        return Entry(self.ns, self.checkpoint["id"], pack=pack.name)
+
+    def _dumps(self, value: Any) -> Typed:
+        return _dumps(self.serde, value)
+
+    def _parent_channels(self, lane: Lane) -> Steps[dict[str, tuple[Any, Any]]]:
+        """Return where the parent's values are, so that those that did not change are not written again."""
+        if not self.parent_id or not (self.checkpoint["channel_values"].keys() - self.new_versions.keys()):
+            return {}
+        known = lane.channels.get((self.ns, self.parent_id))
+        if known is not None:
+            return known
+        head = yield from lane.log.read()
+        entry = (yield from lane.log.index.find(head, self.ns, self.parent_id)) if head else None
+        if entry is None or not entry.pack:
+            return {}
+        reader = PackReader(lane.log.key, self.serde.loads_typed)
+        row = _row(lane.log, (yield from reader.packs([entry.pack])), entry)
+        yield from reader.fetch([row.checkpoint])
+        versions = reader.value(row.checkpoint)["channel_versions"]
+        return {name: (versions.get(name), locator) for name, locator in row.channels.items()}
+
+
+@dataclass
+class _Writes:
+    """Pending writes of one task to commit, serialised already."""
+
+    ns: str
+    checkpoint_id: str
+    task_id: str
+    task_path: str
+    writes: list[tuple[str, int, Typed]]
+    completes: bool = False
+
+    def prepare(self, lane: Lane, pack: PackWriter) -> Steps[Entry]:
+        yield from ()
+        for channel, position, value in self.writes:
+            row = [self.ns, self.checkpoint_id, self.task_id, self.task_path, position, channel, pack.add(value)]
+            pack.writes.append(row)
+        return Entry(self.ns, self.checkpoint_id, writes=(pack.name,))
+
+
+class DaprSaver(BaseCheckpointSaver[Any]):
+    """A LangGraph checkpointer that keeps threads in a Dapr state store.
+
+    Both faces, sync and async, may be used at once, from any thread and any event loop. Every method returns when what
+    it wrote is durable. Without a configured Dapr sidecar (`DAPR_GRPC_PORT`, `DAPR_GRPC_ENDPOINT`) it starts the
+    embedded one, which keeps a SQLite file in `.outlast/`.
+
+    Args:
+        store: Name of the state store component.
+        serde: Serialises values; LangGraph's msgpack serialiser if not given. `EncryptedSerializer` works.
+        client: The store to use instead of the one named `store`.
+
+    Raises:
+        SidecarUnavailableError: If the configured sidecar's address is not valid.
+        StoreNotFoundError, UnsupportedStoreError: On first use, if the store is unknown or cannot compare-and-swap.
+    """
+
+    def __init__(
+        self, store: str = "statestore", *, serde: SerializerProtocol | None = None, client: StateClient | None = None
+    ) -> None:
+        super().__init__(serde=serde)
+        # LangGraph clones savers with copy.copy: whatever changes is in this one shared object.
+        self._lanes = Lanes(client or StateClient(store))
+
+    @property
+    def client(self) -> StateClient:
+        """The state store behind this saver."""
+        return self._lanes.client
+
+    def fenced(self, fence: Fence, after_commit: Callable[[builtins.list[Entry]], None] | None = None) -> DaprSaver:
+        """Return a saver that commits only while `fence` holds; for one thread, by one attempt.
+
+        Args:
+            fence: The epoch and owner that the thread's head must show.
+            after_commit: Called after each commit, with the changes of the index it made.
+        """
+        saver = DaprSaver(serde=self.serde, client=self.client)
+        saver._lanes = Lanes(self.client, fence, after_commit)
+        return saver
+
+    # --- writing
+
+    def put(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Commit a checkpoint. Returns the config that addresses it.
+
+        Raises:
+            SerializationError: If a value cannot be serialised; nothing is written then.
+            FencedError: If this saver's attempt has been overtaken.
+        """
+        thread_id, request = self._put(config, checkpoint, metadata, new_versions)
+        self._lanes.of(thread_id).enqueue(request).result()
+        return _config(thread_id, request.ns, checkpoint["id"])
+
+    async def aput(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Commit a checkpoint. Async face of `put`."""
+        thread_id, request = self._put(config, checkpoint, metadata, new_versions)
+        await asyncio.wrap_future(self._lanes.of(thread_id).enqueue(request))
+        return _config(thread_id, request.ns, checkpoint["id"])
+
+    def _put(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> tuple[str, _Put]:
+        configurable = config["configurable"]
+        request = _Put(
+            serde=self.serde,
+            ns=configurable.get("checkpoint_ns", ""),
+            parent_id=get_checkpoint_id(config) or "",
+            checkpoint=checkpoint,
+            metadata=get_checkpoint_metadata(config, metadata),
+            new_versions=new_versions,
+        )
+        return str(configurable["thread_id"]), request
+
+    def put_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        """Commit the pending writes of a task.
+
+        Raises:
+            SerializationError: If a value cannot be serialised; nothing is written then.
+            FencedError: If this saver's attempt has been overtaken.
+        """
+        thread_id, request = self._put_writes(config, writes, task_id, task_path)
+        self._lanes.of(thread_id).enqueue(request).result()
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        """Commit the pending writes of a task. Async face of `put_writes`."""
+        thread_id, request = self._put_writes(config, writes, task_id, task_path)
+        await asyncio.wrap_future(self._lanes.of(thread_id).enqueue(request))
+
+    def _put_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
+    ) -> tuple[str, _Writes]:
+        configurable = config["configurable"]
+        rows = [
+            (channel, WRITES_IDX_MAP.get(channel, position), _dumps(self.serde, value))
+            for position, (channel, value) in enumerate(writes)
+        ]
+        request = _Writes(
+            configurable.get("checkpoint_ns", ""), configurable["checkpoint_id"], task_id, task_path, rows
+        )
+        return str(configurable["thread_id"]), request
+
+    def delete_thread(self, thread_id: str) -> None:
+        """Remove all checkpoints and writes of a thread; called again, completes a deletion that was cut short."""
+        self.client.run(ThreadLog(str(thread_id)).delete())
+        self._lanes.drop(str(thread_id))
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        """Remove all checkpoints and writes of a thread. Async face of `delete_thread`."""
+        await self.client.arun(ThreadLog(str(thread_id)).delete())
+        self._lanes.drop(str(thread_id))
+
+    # --- reading
+
+    def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """Return the checkpoint that `config` addresses, or the latest of its thread and namespace, or None.
+
+        Raises:
+            CorruptRecordError, UnknownFormatError: If a record is damaged or of a newer format.
+        """
+        return self.client.run(self._get_tuple(config))
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """Return the addressed or latest checkpoint. Async face of `get_tuple`."""
+        return await self.client.arun(self._get_tuple(config))
+
+    def _get_tuple(self, config: RunnableConfig) -> Steps[CheckpointTuple | None]:
+        configurable = config["configurable"]
+        thread_id, ns = str(configurable["thread_id"]), configurable.get("checkpoint_ns", "")
+        log = self._lanes.of(thread_id).log if self._lanes.single else ThreadLog(thread_id)
+        head = yield from log.read()
+        if head is None:
+            return None
+        wanted = get_checkpoint_id(config)
+        if wanted:
+            entry = yield from log.index.find(head, ns, wanted)
+        else:
+            entry = yield from log.index.latest(head, ns)
+        if entry is None or not entry.pack:
+            return None
+        return (yield from self._tuples(log, [entry]))[0]
+
+    def list(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> Iterator[CheckpointTuple]:
+        """Yield checkpoints, newest first, of one thread or (`config=None`) of all threads one after another.
+
+        Args:
+            config: The thread, and optionally the namespace and the checkpoint.
+            filter: Metadata that must be equal.
+            before: Only checkpoints older than this one.
+            limit: At most so many.
+        """
+        left = limit
+        for thread_id in self.client.run(_thread_ids(config)):
+            log, entries = self.client.run(_entries(thread_id, config, before))
+            for start in range(0, len(entries), _BATCH):
+                if left is not None and left <= 0:
+                    return
+                batch = self.client.run(self._tuples(log, entries[start : start + _BATCH]))
+                found = _matching(batch, filter, left)
+                yield from found
+                left = None if left is None else left - len(found)
+
+    async def alist(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[CheckpointTuple]:
+        """Yield checkpoints, newest first. Async face of `list`."""
+        left = limit
+        for thread_id in await self.client.arun(_thread_ids(config)):
+            log, entries = await self.client.arun(_entries(thread_id, config, before))
+            for start in range(0, len(entries), _BATCH):
+                if left is not None and left <= 0:
+                    return
+                batch = await self.client.arun(self._tuples(log, entries[start : start + _BATCH]))
+                found = _matching(batch, filter, left)
+                for item in found:
+                    yield item
+                left = None if left is None else left - len(found)
+
+    def _tuples(self, log: ThreadLog, entries: Sequence[Entry]) -> Steps[builtins.list[CheckpointTuple]]:
+        reader = PackReader(log.key, self.serde.loads_typed)
+        packs = yield from reader.packs(name for entry in entries for name in (entry.pack, *entry.writes))
+        rows = [_row(log, packs, entry) for entry in entries]
+        writes = [_pending(packs, entry) for entry in entries]
+        wanted = [locator for row in rows for locator in (row.checkpoint, row.metadata, *row.channels.values())]
+        wanted += [locator for pending in writes for _, _, locator in pending]
+        yield from reader.fetch(wanted)
+        return [self._tuple(log, reader, row, pending) for row, pending in zip(rows, writes, strict=True)]
+
+    def _tuple(
+        self, log: ThreadLog, reader: PackReader, row: _Row, pending: Sequence[tuple[str, str, Any]]
+    ) -> CheckpointTuple:
+        checkpoint = cast(Checkpoint, reader.value(row.checkpoint))
+        values = {name: reader.value(locator) for name, locator in row.channels.items()}
+        if self._lanes.single:
+            self._remember(log, reader, row, checkpoint, values)
+        parent = _config(log.thread_id, row.ns, row.parent_id) if row.parent_id else None
+        return CheckpointTuple(
+            config=_config(log.thread_id, row.ns, row.checkpoint_id),
+            checkpoint=cast(Checkpoint, {**checkpoint, "channel_values": values}),
+            metadata=reader.value(row.metadata),
+            parent_config=parent,
+            pending_writes=[(task_id, channel, reader.value(locator)) for task_id, channel, locator in pending],
+        )
+
+    def _remember(
+        self, log: ThreadLog, reader: PackReader, row: _Row, checkpoint: Checkpoint, values: dict[str, Any]
+    ) -> None:
+        """Let the attempt's next checkpoint share the segments and values of the one it goes on from."""
+        lane = self._lanes.of(log.thread_id)
+        versions = checkpoint["channel_versions"]
+        lane.remember(
+            row.ns, row.checkpoint_id, {name: (versions.get(name), loc) for name, loc in row.channels.items()}
+        )
+        for name, locator in row.channels.items():
+            if isinstance(locator, dict):
+                state = reader.list_state(locator, values[name], lambda value: _dumps(self.serde, value))
+                lane.remember_list(row.ns, name, state)
+
+    def get_next_version(self, current: Any, channel: None) -> Any:
+        """Return the version after `current`; goes on in the style of the saver a thread came from."""
+        if isinstance(current, str):
+            return f"{int(current.split('.')[0]) + 1:032}.{current.partition('.')[2] or '0'}"
+        return 1 if current is None else int(current) + 1
+
+
+def _dumps(serde: SerializerProtocol, value: Any) -> Typed:
+    try:
+        return serde.dumps_typed(value)
+    except OutlastError:
+        raise
+    except Exception as error:
+        raise SerializationError(
+            f"cannot serialise a value of type {type(value).__qualname__}: {error}. Keep plain data, messages, "
+            "pydantic models or dataclasses in the state, or give the checkpointer a `serde` that knows this type"
+        ) from error
+
+
+def _config(thread_id: str, ns: str, checkpoint_id: str) -> RunnableConfig:
+    return {"configurable": {"thread_id": thread_id, "checkpoint_ns": ns, "checkpoint_id": checkpoint_id}}
+
+
+def _row(log: ThreadLog, packs: dict[str, Any], entry: Entry) -> _Row:
+    for body in packs[entry.pack]["c"]:
+        row = _Row(*body)
+        if (row.ns, row.checkpoint_id) == (entry.ns, entry.checkpoint_id):
+            return row
+    raise CorruptRecordError(f"record '{log.key}-{entry.pack}' lacks checkpoint {entry.checkpoint_id!r}")
+
+
+def _pending(packs: dict[str, Any], entry: Entry) -> Sequence[tuple[str, str, Any]]:
+    """Return the pending writes of a checkpoint in LangGraph's order: task id, channel, locator.
+
+    Of ordinary writes at one place the first counts, of special ones (errors, interrupts) the last.
+    """
+    kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
+    for name in entry.writes:
+        for ns, checkpoint_id, task_id, task_path, position, channel, locator in packs[name]["w"]:
+            if (ns, checkpoint_id) != (entry.ns, entry.checkpoint_id):
+                continue
+            if position < 0 or (task_id, position) not in kept:
+                kept[(task_id, position)] = (task_path, channel, locator)
+    order = sorted(kept, key=lambda place: writes_sort_key(kept[place][0], *place))
+    return [(place[0], kept[place][1], kept[place][2]) for place in order]
+
+
+def _thread_ids(config: RunnableConfig | None) -> Steps[Sequence[str]]:
+    if config and "thread_id" in config["configurable"]:
+        return [str(config["configurable"]["thread_id"])]
+    return (yield from THREADS.names())
+
+
+def _entries(
+    thread_id: str, config: RunnableConfig | None, before: RunnableConfig | None
+) -> Steps[tuple[ThreadLog, Sequence[Entry]]]:
+    configurable = (config or {}).get("configurable", {})
+    ns, wanted = configurable.get("checkpoint_ns"), configurable.get("checkpoint_id")
+    bound = get_checkpoint_id(before) if before else None
+    log = ThreadLog(thread_id)
+    head = yield from log.read()
+    found = (yield from log.index.entries(head)) if head else []
+    return log, [
+        entry
+        for entry in found
+        if entry.pack
+        and (ns is None or entry.ns == ns)
+        and (not wanted or entry.checkpoint_id == wanted)
+        and (not bound or entry.checkpoint_id < bound)
+    ]
+
+
+def _matching(
+    batch: Sequence[CheckpointTuple], filter: dict[str, Any] | None, limit: int | None
+) -> Sequence[CheckpointTuple]:
+    found = [
+        item for item in batch if not filter or all(item.metadata.get(key) == value for key, value in filter.items())
+    ]
+    return found if limit is None else found[: max(limit, 0)]

@@ -1,0 +1,192 @@
+"""One thread in the store: loading its head, committing to it, deleting it. Sans I/O; knows no framework."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from outlast.checkpointer import keys, records
+from outlast.checkpointer.client import Create, Delete, Get, Item, Pause, Steps, Swap
+from outlast.checkpointer.head import Entry, Head, Index
+from outlast.checkpointer.registry import THREADS
+from outlast.errors import CorruptRecordError, FencedError, StoreError
+
+_TRIES = 200
+
+
+@dataclass(frozen=True)
+class Fence:
+    """What an attempt holds of a thread: commits go through while the thread's epoch is this one."""
+
+    epoch: int
+    owner: str
+
+
+class ThreadLog:
+    """The committed state of one thread.
+
+    Args:
+        thread_id: The thread.
+        fence: If given, every commit fails with FencedError once another attempt has taken the thread over.
+    """
+
+    def __init__(self, thread_id: str, fence: Fence | None = None) -> None:
+        self.thread_id = thread_id
+        self.key = keys.thread_key(thread_id)
+        self.index = Index(self.key)
+        self.names = keys.RecordNames()
+        self._fence = fence
+        self._head: Head | None = None
+        self._etag = ""
+
+    def read(self) -> Steps[Head | None]:
+        """Return the head as it is in the store now, or None if the thread has none or was deleted."""
+        head = yield from self._load()
+        return None if head is None or head.deleted else head
+
+    def _load(self) -> Steps[Head | None]:
+        item: Item = (yield Get((self.key,)))[self.key]
+        head = Head.decode(self.key, item.data) if item.data else None
+        if head is not None and head.thread_id != self.thread_id:
+            raise CorruptRecordError(f"record {self.key!r} is of thread {head.thread_id!r}, not {self.thread_id!r}")
+        self._head, self._etag = head, item.etag
+        return head
+
+    def refresh(self) -> Steps[None]:
+        """Read the head and its ETag again where the last commit has made them stale."""
+        if not self._etag:
+            yield from self._load()
+
+    def forget(self) -> None:
+        """Drop what is remembered of the head, after a commit of unknown outcome."""
+        self._head, self._etag = None, ""
+
+    def _ready(self) -> Steps[Head]:
+        """Return a head that can be swapped; creates it, and completes a deletion that was cut short."""
+        if not self._etag:
+            yield from self._load()
+        if self._head is None:
+            if self._fence:
+                raise FencedError(f"thread {self.thread_id!r} is gone; this attempt (epoch {self._fence.epoch}) stops")
+            yield from THREADS.add(self.thread_id)
+            yield Create(self.key, Head(self.thread_id).encode())
+            if (yield from self._load()) is None:
+                raise StoreError(f"the head of thread {self.thread_id!r} could not be created; is the store read-only?")
+        head = self._head
+        assert head is not None
+        if head.deleted and not self._fence:
+            if head.root or head.open or head.pages or head.chain:
+                yield from self.delete()
+                return (yield from self._ready())
+            head = replace(head, deleted=False)
+        return head
+
+    def _check(self, head: Head) -> None:
+        fence = self._fence
+        if fence and (head.epoch != fence.epoch or head.owner != fence.owner or head.deleted):
+            raise FencedError(
+                f"thread {self.thread_id!r} is at epoch {head.epoch} (owner {head.owner or 'nobody'}), this attempt "
+                f"was epoch {fence.epoch}: another attempt has taken over, nothing of this one is committed any more"
+            )
+
+    def commit(self, entries: Sequence[Entry], pack: Sequence[tuple[str, bytes]], name: str) -> Steps[None]:
+        """Make the records of `pack` visible through `entries`.
+
+        Raises:
+            FencedError: If another attempt owns the thread; then nothing has become visible.
+        """
+
+        def enter(head: Head) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
+            return (yield from self.index.extend(head, entries, self.names.next()))
+
+        yield from self._swap(enter, pack, name)
+
+    def change(self, change: Callable[[Head], Head | None]) -> Steps[Head]:
+        """Swap the head for `change(head)`, which must be idempotent; None leaves it. Returns the head it then has."""
+
+        def enter(head: Head) -> Steps[tuple[Head, list[tuple[str, bytes]]] | None]:
+            yield from ()
+            changed = change(head)
+            return None if changed is None else (changed, [])
+
+        return (yield from self._swap(enter, (), self.names.next()))
+
+    def _swap(
+        self,
+        enter: Callable[[Head], Steps[tuple[Head, list[tuple[str, bytes]]] | None]]
+        | Callable[[Head], Steps[tuple[Head, list[tuple[str, bytes]]]]],
+        pack: Sequence[tuple[str, bytes]],
+        name: str,
+    ) -> Steps[Head]:
+        for attempt in range(_TRIES):
+            head = yield from self._ready()
+            if attempt and name in head.recent:
+                return head  # the swap went through; only its acknowledgement was lost
+            self._check(head)
+            entered = yield from enter(head)
+            if entered is None:
+                return head
+            changed, pages = entered
+            changed = changed.committed(name)
+            if (yield Swap(self.key, changed.encode(), self._etag, [*pack, *pages])):
+                self._head, self._etag = changed, ""
+                return changed
+            self.forget()
+            if attempt > 2:
+                yield Pause(random.uniform(0, min(0.002 * attempt, 0.1)))
+        raise StoreError(
+            f"thread {self.thread_id!r} could not be committed to in {_TRIES} tries; "
+            "is the store's optimistic locking sound?"
+        )
+
+    def delete(self) -> Steps[None]:
+        """Remove the thread: marks the head, deletes what the index lists, then empties the head.
+
+        A head stays as a tombstone, because some stores hand out the same ETags again after a delete. Cut short at any
+        point, calling again completes it.
+        """
+        head = yield from self._load()
+        if head is None:
+            return
+        mine = head if head.deleted else None
+        for _ in range(_TRIES):
+            if mine is not None:
+                break
+            marked = replace(head, deleted=True, epoch=head.epoch + 1, active="", queue=()).committed(self.names.next())
+            yield Swap(self.key, marked.encode(), self._etag)
+            head = yield from self._load()
+            if head is None:
+                return
+            mine = head if head.deleted else None
+        if mine is None:
+            raise StoreError(f"thread {self.thread_id!r} could not be marked as deleted")
+        doomed = yield from self._records(mine)
+        yield Delete(doomed)
+        emptied = Head(self.thread_id, epoch=mine.epoch, deleted=True).committed(self.names.next())
+        yield Swap(self.key, emptied.encode(), self._etag)
+        self.forget()
+        self.index = Index(self.key)
+
+    def _records(self, head: Head) -> Steps[list[str]]:
+        """Return the keys of all records that `head` reaches, those already gone among them."""
+        entries = yield from self.index.entries(head, lenient=True)
+        names = dict.fromkeys(name for entry in entries for name in (entry.pack, *entry.writes) if name)
+        doomed: list[str] = []
+        todo = [f"{self.key}-{name}" for name in names]
+        for start in range(0, len(todo), 100):
+            items: dict[str, Item] = yield Get(todo[start : start + 100])
+            for key, item in items.items():
+                chunks = records.chunk_keys(key, item.data)
+                doomed += chunks
+                found: dict[str, Item] = (yield Get(chunks)) if chunks else {}
+                whole = {name: chunk.data for name, chunk in found.items()}
+                if not item.data or (chunks and not all(whole.values())):
+                    continue
+                body = records.decode(key, records.PACK, records.join(key, item.data, whole) if chunks else item.data)
+                large = [f"{self.key}-{row[2]}" for row in body["b"] if row[1] is None]
+                pieces: dict[str, Item] = (yield Get(large)) if large else {}
+                for name, piece in pieces.items():
+                    doomed += [*records.chunk_keys(name, piece.data), name]
+        # Packs go last: they alone name the chunks and blobs, should this be cut short.
+        return [*doomed, *todo, *(f"{self.key}-{name}" for name in self.index.sealed())]
