@@ -80,8 +80,11 @@ def sidecar_replicas(
 def sidecar_env(
     request: pytest.FixtureRequest, sidecar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dict[str, str]]:
-    """The settings that point outlast and the Dapr SDK, here and in child processes, to a sidecar with no state yet."""
-    if sidecar == EMBEDDED:
+    """The settings that point outlast and the Dapr SDK, here and in child processes, to a sidecar with no state yet.
+
+    In a test that also asks for `sidecar_replicas`, those of the first replica.
+    """
+    if sidecar == EMBEDDED or "sidecar_replicas" in request.fixturenames:
         replicas: list[dict[str, str]] = request.getfixturevalue("sidecar_replicas")
         yield replicas[0]
         return

@@ -36,7 +36,8 @@ def with_uv(uv: str, venv: str) -> None:
     say(f"creating {venv} with uv")
     environment = dict(os.environ, UV_PROJECT_ENVIRONMENT=venv)
     environment.pop("VIRTUAL_ENV", None)
-    run([uv, "sync", "--frozen", "--all-extras", "--quiet"], env=environment)
+    python = ["--python", sys.executable] if fits() else []  # else uv finds or fetches one
+    run([uv, "sync", "--frozen", "--all-extras", "--quiet", *python], env=environment)
 
 
 def with_pip(python: str, venv: str) -> None:
@@ -50,9 +51,13 @@ def with_pip(python: str, venv: str) -> None:
     run([*pip, "install", "--quiet", "-c", constraints, "-e", f".[{EXTRAS}]", "--group", "dev"])
 
 
+def fits() -> bool:
+    return OLDEST <= sys.version_info[:2] <= NEWEST
+
+
 def find_python() -> str:
     """This Python where it fits, else the newest fitting one on PATH."""
-    if OLDEST <= sys.version_info[:2] <= NEWEST:
+    if fits():
         return sys.executable
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
         found = shutil.which(f"python3.{minor}")

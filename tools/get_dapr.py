@@ -102,11 +102,9 @@ def build() -> Path:
             say(f"building {name} ...")
             build_one(go, name, staging)
             say(f"built {name} in {time.monotonic() - started:.0f} s")
-        try:
+        if cached() is None:  # else somebody built the same beside us, and theirs is as good
+            shutil.rmtree(target, ignore_errors=True)
             staging.rename(target)
-        except OSError:
-            if cached() is None:  # else somebody built the same beside us, and theirs is as good
-                raise
     return target
 
 

@@ -111,13 +111,14 @@ class DaprCluster:
 
     def start(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        atexit.register(self.stop)
         for attempt in range(_ATTEMPTS):
+            atexit.register(self.stop)
             try:
                 return self._start_control(attempt)
             except AssertionError:
+                hopeless = all(child.alive for child in self._control) or attempt == _ATTEMPTS - 1
                 self.stop()
-                if attempt == _ATTEMPTS - 1:
+                if hopeless:
                     raise
 
     def start_daprd(self, app_id: str | None = None) -> Daprd:
@@ -128,8 +129,9 @@ class DaprCluster:
             try:
                 daprd.start()
             except AssertionError:
+                hopeless = daprd.child.alive or attempt == _ATTEMPTS - 1
                 daprd.kill()
-                if attempt == _ATTEMPTS - 1:
+                if hopeless:
                     raise
             else:
                 break
