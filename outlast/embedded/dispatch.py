@@ -1,0 +1,331 @@
+"""Moves work between the file and the connected workers, and wakes whoever waits for an instance."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import dapr.ext.workflow._durabletask.internal.protos as pb
+
+from outlast.embedded import leases, state, workflows
+from outlast.embedded.database import Database
+from outlast.embedded.liveness import Presence
+from outlast.embedded.streams import Streams, WorkerStream
+from outlast.embedded.waiters import Waiters
+from outlast.embedded.workflows import Changes, Task, Turn
+
+logger = logging.getLogger("outlast.embedded")
+
+# While others share the file, take work in small bites so that they get their part.
+_BITE = 16
+_BITE_PAUSE = 0.002
+_TICK_SECONDS = 1.0
+_REAP_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+class Dispatcher:
+    """Runs every workflow transaction of one sidecar.
+
+    A transaction that makes work also claims it for the workers connected here, so that a step costs one commit.
+    What is left is for the other sidecars, which are pinged.
+    """
+
+    def __init__(self, database: Database, app: str, lock_folder: Path) -> None:
+        self._database = database
+        self._app = app
+        self._streams = Streams()
+        self.waiters = Waiters(database)
+        self._wake = threading.Event()
+        self._stopped = False
+        self._mutex = threading.Lock()
+        self._returned: list[Turn | Task] = []
+        self._dead: set[str] = set()
+        self._new_stream = False
+        self._look = True
+        self._next_timer: int | None = 0
+        self._presence = Presence(lock_folder, self._on_ping, self._on_death)
+        self._pump = threading.Thread(target=self._run, name="outlast-dispatch", daemon=True)
+
+    @property
+    def connected_workers(self) -> int:
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Meet the other sidecars, take over from those that are gone, and begin to work."""
+        with self._database.read() as connection:
+            owners = leases.owners(connection)
+        self._presence.start()
+        alive = self._presence.rescan()
+        self._dead |= owners - alive
+        self._pump.start()
+
+    def stop(self) -> None:
+        """Close all streams, give everything back, and leave. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for stream in self._streams.all():
+            self._streams.remove(stream)
+        self.waiters.wake_all()
+        self._wake.set()
+        self._pump.join(timeout=5)
+        with contextlib.suppress(sqlite3.Error):
+            self._database.write(lambda c: leases.give_back_all(c, self._presence.id), durable=False)
+        self._presence.ping()
+        self._presence.close()
+
+    def transact(self, work: Callable[[sqlite3.Connection, Changes], T], *, durable: bool = True) -> T:
+        """Run `work` in a transaction, claim what the local workers can take in the same one, and hand it out.
+
+        Raises:
+            Refused: `work` refused the request.
+            sqlite3.Error: Nothing was written.
+        """
+        changes = Changes()
+        claimed: list[Turn | Task] = []
+        left = False
+
+        def run(connection: sqlite3.Connection) -> T:
+            nonlocal left
+            result = work(connection, changes)
+            if changes.work:
+                claimed.extend(self._claim(connection))
+                left = leases.has_free_work(connection, self._app)
+            return result
+
+        result = self._database.write(run, durable=durable)
+        self._publish(changes, claimed, left)
+        return result
+
+    def _publish(self, changes: Changes, claimed: list[Turn | Task], left: bool) -> None:
+        for item in claimed:
+            self._hand_out(item)
+        self.waiters.wake(changes.touched)
+        if changes.timer_at is not None and (self._next_timer is None or changes.timer_at < self._next_timer):
+            self._next_timer = changes.timer_at
+            self._wake.set()
+        if left and len(self._streams):
+            self._look = True
+            self._wake.set()
+        if self._presence.has_peers and (changes.touched or changes.work):
+            self._presence.ping()
+
+    def _claim(self, connection: sqlite3.Connection) -> list[Turn | Task]:
+        turns, tasks = self._streams.room()
+        if self._presence.has_peers:
+            turns, tasks = min(turns, _BITE), min(tasks, _BITE)
+        if (not turns and not tasks) or self._stopped:
+            return []
+        owner = self._presence.id
+        return [
+            *leases.claim_turns(connection, self._app, owner, turns),
+            *leases.claim_tasks(connection, self._app, owner, tasks),
+        ]
+
+    def _hand_out(self, item: Turn | Task) -> None:
+        stream = self._streams.assign(item)
+        if stream is None:
+            self._return([item])
+            return
+        try:
+            if isinstance(item, Task):
+                request = pb.ActivityRequest.FromString(item.request)
+                stream.send(pb.WorkItem(activityRequest=request, completionToken=item.token))
+            else:
+                stream.send(pb.WorkItem(workflowRequest=self._turn_request(stream, item), completionToken=item.token))
+        except sqlite3.Error:
+            logger.exception("cannot read the history of an instance; its turn is given back")
+            if isinstance(item, Turn):
+                self._streams.take_turn(item.token)
+            self._return([item])
+
+    def _turn_request(self, stream: WorkerStream, turn: Turn) -> pb.WorkflowRequest:
+        request = pb.WorkflowRequest(instanceId=turn.instance_id, newEvents=turn.new_events)
+        first = 0
+        known = stream.cached.get(turn.instance_id)
+        if stream.keeps_history:
+            stream.cached[turn.instance_id] = (turn.iid, turn.generation, turn.events)
+            if known is not None and known[:2] == (turn.iid, turn.generation) and 0 < known[2] <= turn.events:
+                first = known[2]
+                request.cachedHistory.eventCount = first
+        if turn.events > first:
+            with self._database.read() as connection:
+                request.pastEvents.extend(workflows.events_of(connection, turn.iid, first))
+        return request
+
+    def open_stream(self, *, keeps_history: bool) -> WorkerStream:
+        """Register a worker; close it with `close_stream`."""
+        stream = WorkerStream(keeps_history=keeps_history)
+        self._streams.add(stream)
+        if self._stopped:
+            stream.close()
+        self._new_stream = True
+        self._look = True
+        self._wake.set()
+        return stream
+
+    def close_stream(self, stream: WorkerStream) -> None:
+        """Forget a worker that is gone; what it held goes to others at once. Never blocks."""
+        self._return(self._streams.remove(stream))
+
+    def _return(self, items: list[Turn | Task]) -> None:
+        if not items:
+            return
+        with self._mutex:
+            self._returned.extend(items)
+        self._look = True
+        self._wake.set()
+
+    def complete_turn(self, response: pb.WorkflowResponse) -> None:
+        """Apply a turn's response; one whose lease is lost is ignored.
+
+        Raises:
+            ValueError: The response cannot be applied.
+            sqlite3.Error: Nothing was written; the turn will be handed out again.
+        """
+        held = self._streams.take_turn(response.completionToken)
+        if held is None:
+            logger.info("ignoring the completion of a turn that is not held any more")
+            return
+        stream, turn = held
+        if any(action.HasField("completeWorkflow") for action in response.actions):
+            stream.cached.pop(turn.instance_id, None)
+        try:
+            self.transact(lambda connection, changes: workflows.apply_turn(connection, turn, response, changes))
+        except Exception:
+            stream.cached.pop(turn.instance_id, None)
+            self._return([turn])
+            raise
+
+    def complete_task(self, response: pb.ActivityResponse) -> None:
+        """Record an activity's result; one whose lease is lost is ignored.
+
+        Raises:
+            sqlite3.Error: Nothing was written; the activity will be handed out again.
+        """
+        task = self._streams.take_task(response.completionToken)
+        if task is None:
+            logger.info("ignoring the completion of an activity that is not held any more")
+            return
+        try:
+            self.transact(lambda connection, changes: workflows.complete_task(connection, task, response, changes))
+        except Exception:
+            self._return([task])
+            raise
+
+    def _on_ping(self) -> None:
+        self.waiters.look()
+        if len(self._streams):
+            with self._database.read() as connection:
+                work = leases.has_free_work(connection, self._app)
+            if work:
+                self._look = True
+                self._wake.set()
+        if self._presence.unmet():
+            self._wake.set()
+
+    def _on_death(self, owner: str) -> None:
+        logger.info("sidecar %s is gone; taking its work over", owner)
+        with self._mutex:
+            self._dead.add(owner)
+        self._next_timer = 0  # its timers are ours now
+        self._wake.set()
+
+    def _run(self) -> None:
+        next_reap = 0.0
+        while not self._stopped:
+            try:
+                more = self._round()
+                if time.monotonic() >= next_reap:
+                    next_reap = time.monotonic() + _REAP_SECONDS
+                    self._reap()
+            except Exception:
+                if self._stopped:
+                    return
+                logger.exception("the dispatcher could not use the database; trying again")
+                more = False
+                time.sleep(0.2)
+            if more:
+                time.sleep(_BITE_PAUSE)
+                continue
+            timeout = _TICK_SECONDS
+            if self._next_timer is not None:
+                timeout = min(timeout, max(0.0, self._next_timer / 1e9 - time.time()))
+            if self._wake.wait(timeout):
+                self._wake.clear()
+            else:
+                self._tick()
+
+    def _tick(self) -> None:
+        """The slow look that nothing depends on while everybody is healthy."""
+        self._look = True
+        self._next_timer = 0
+        try:
+            self._presence.rescan()
+            if self._presence.has_peers:
+                self.waiters.look()
+        except (OSError, sqlite3.Error):
+            logger.exception("could not look for other sidecars")
+
+    def _round(self) -> bool:
+        """Do what is due; True if there is more work to claim."""
+        with self._mutex:
+            returned, self._returned = self._returned, []
+            dead, self._dead = self._dead, set()
+        look, self._look = self._look, False
+        new_stream, self._new_stream = self._new_stream, False
+        timers = self._next_timer is not None and self._next_timer <= time.time_ns()
+        try:
+            if self._presence.unmet():
+                self._presence.rescan()
+            if returned or dead or timers or new_stream or (look and len(self._streams)):
+                return self._settle(returned, dead, timers=timers, new_stream=new_stream)
+        except BaseException:
+            with self._mutex:
+                self._returned.extend(returned)
+                self._dead |= dead
+            self._new_stream = self._new_stream or new_stream
+            self._look = True
+            raise
+        return False
+
+    def _settle(self, returned: list[Turn | Task], dead: set[str], *, timers: bool, new_stream: bool) -> bool:
+        with self._database.read() as connection:
+            next_timer = connection.execute("SELECT min(fire_at) FROM timers").fetchone()[0]
+            due = next_timer is not None and next_timer <= time.time_ns()
+            if not (returned or dead or new_stream or due):
+                self._next_timer = next_timer
+                if not leases.has_free_work(connection, self._app):
+                    return False
+
+        def work(connection: sqlite3.Connection, changes: Changes) -> int | None:
+            leases.give_back(connection, returned)
+            for owner in dead:
+                leases.give_back_all(connection, owner)
+            if new_stream:
+                workflows.retry_stalled(connection, self._app)
+            if due:
+                workflows.fire_timers(connection, changes)
+            changes.work = True
+            following: int | None = connection.execute("SELECT min(fire_at) FROM timers").fetchone()[0]
+            return following
+
+        self._next_timer = self.transact(work, durable=due)
+        # What this round could not take is looked at again at once if the workers have room.
+        turns, tasks = self._streams.room()
+        with self._database.read() as connection:
+            return leases.has_free_work(connection, self._app, turns=turns > 0, tasks=tasks > 0)
+
+    def _reap(self) -> None:
+        with self._database.read() as connection:
+            expired = connection.execute("SELECT 1 FROM state WHERE expires <= ? LIMIT 1", (time.time(),)).fetchone()
+        if expired:
+            self._database.write(state.reap, durable=False)
