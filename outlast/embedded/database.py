@@ -239,7 +239,7 @@ class Database:
             reader.close()
             raise
         with self._mutex:
-            if not self._closed and len(self._readers) < _IDLE_READERS:
+            if len(self._readers) < _IDLE_READERS and not self._closed:
                 self._readers.append(reader)
                 return
         reader.close()

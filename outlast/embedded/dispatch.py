@@ -44,7 +44,7 @@ class Dispatcher:
         self._streams = Streams()
         self.waiters = Waiters(database)
         self._wake = threading.Event()
-        self._stopped = False
+        self._stopped = threading.Event()
         self._mutex = threading.Lock()
         self._returned: list[Turn | Task] = []
         self._dead: set[str] = set()
@@ -69,9 +69,9 @@ class Dispatcher:
 
     def stop(self) -> None:
         """Close all streams, give everything back, and leave. Idempotent."""
-        if self._stopped:
+        if self._stopped.is_set():
             return
-        self._stopped = True
+        self._stopped.set()
         for stream in self._streams.all():
             self._streams.remove(stream)
         self.waiters.wake_all()
@@ -122,7 +122,7 @@ class Dispatcher:
         turns, tasks = self._streams.room()
         if self._presence.has_peers:
             turns, tasks = min(turns, _BITE), min(tasks, _BITE)
-        if (not turns and not tasks) or self._stopped:
+        if (not turns and not tasks) or self._stopped.is_set():
             return []
         owner = self._presence.id
         return [
@@ -165,7 +165,7 @@ class Dispatcher:
         """Register a worker; close it with `close_stream`."""
         stream = WorkerStream(keeps_history=keeps_history)
         self._streams.add(stream)
-        if self._stopped:
+        if self._stopped.is_set():
             stream.close()
         self._new_stream = True
         self._look = True
@@ -241,14 +241,14 @@ class Dispatcher:
 
     def _run(self) -> None:
         next_reap = 0.0
-        while not self._stopped:
+        while not self._stopped.is_set():
             try:
                 more = self._round()
                 if time.monotonic() >= next_reap:
                     next_reap = time.monotonic() + _REAP_SECONDS
                     self._reap()
             except Exception:
-                if self._stopped:
+                if self._stopped.is_set():
                     return
                 logger.exception("the dispatcher could not use the database; trying again")
                 more = False

@@ -111,7 +111,7 @@ def plan(app: str, instance_id: str, start: pb.ExecutionStartedEvent, actions: l
     turn = Turn()
     for action in actions:
         kind = action.WhichOneof("workflowActionType")
-        body = getattr(action, kind) if kind else None
+        body: Any = getattr(action, kind) if kind else None
         router = pb.TaskRouter()
         router.CopyFrom(action.router)
         router.sourceAppID = app

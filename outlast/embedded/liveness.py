@@ -42,7 +42,7 @@ class Presence:
         self._on_death = on_death
         self._peers: dict[str, str] = {}
         self._mutex = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         self._greeted = False
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._socket_path = folder / f"{self.id}.sock"
@@ -83,7 +83,7 @@ class Presence:
             peer = entry.name.removesuffix(_LOCK_SUFFIX)
             alive.add(peer)
             with self._mutex:
-                if peer == self.id or peer in self._peers or self._closed:
+                if peer == self.id or peer in self._peers or self._closed.is_set():
                     continue
                 self._peers[peer] = ""
             self._meet(peer, entry)
@@ -109,7 +109,7 @@ class Presence:
 
     def _lost(self, peer: str) -> None:
         with self._mutex:
-            if self._closed or self._peers.pop(peer, None) is None:
+            if self._closed.is_set() or self._peers.pop(peer, None) is None:
                 return
         self._on_death(peer)
 
@@ -124,7 +124,7 @@ class Presence:
             self._sender.sendto(message, address)
 
     def _listen(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 messages = {self._socket.recv(16)}
             except OSError:
@@ -134,7 +134,7 @@ class Presence:
                 while True:
                     messages.add(self._socket.recv(16))
             self._socket.setblocking(True)
-            if self._closed:
+            if self._closed.is_set():
                 return
             if _HELLO in messages:
                 self._greeted = True
@@ -146,9 +146,9 @@ class Presence:
     def close(self) -> None:
         """Leave: remove the lock file, then free the lock, and tell the others. Idempotent."""
         with self._mutex:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            self._closed = True
+            self._closed.set()
         self._lock_path.unlink(missing_ok=True)
         self._send(os.fspath(self._socket_path))  # ends the listener
         with _registry:

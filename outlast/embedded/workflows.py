@@ -328,7 +328,7 @@ _RESOLUTIONS = frozenset(
 )
 
 
-def _stall(connection: sqlite3.Connection, turn: Turn, reason: int, description: str) -> None:
+def _stall(connection: sqlite3.Connection, turn: Turn, reason: pb.StalledReason.ValueType, description: str) -> None:
     """Keep the inbox and wait for a worker that can run this instance: one is tried whenever a worker connects."""
     last = connection.execute(
         "SELECT event FROM history WHERE iid = ? ORDER BY seq DESC LIMIT 1", (turn.iid,)
