@@ -91,9 +91,7 @@ def build() -> Path:
     go = find_go()
     target = cache_directory()
     target.parent.mkdir(parents=True, exist_ok=True)
-    say(
-        f"building Dapr {pinned_version()} from source, once (5 to 15 minutes; it needs about 6 GB for Go's own caches)"
-    )
+    say(f"building Dapr {pinned_version()} from source, once (5 to 15 minutes, and up to 8 GB for Go's caches)")
     with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as temporary:
         staging = Path(temporary) / "bin"
         staging.mkdir()
