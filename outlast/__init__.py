@@ -1,3 +1,90 @@
-"""Make LangGraph graphs and OpenAI Agents runs durable: a `kill -9` at any instant costs nothing."""
+"""Make LangGraph graphs and OpenAI Agents runs durable: a `kill -9` at any instant costs nothing.
+
+from outlast import durable
+
+agent = durable(graph, name="weather")          # the one line
+agent.invoke({"messages": [...]}, {"configurable": {"thread_id": "t1"}})
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
+
+from outlast.errors import (
+    AgentNotFoundError,
+    CorruptRecordError,
+    DuplicateAgentError,
+    FencedError,
+    OutlastError,
+    RecordTooLargeError,
+    RunCancelledError,
+    RunConflictError,
+    RunFailedError,
+    RunNotFoundError,
+    RunStateError,
+    SerializationError,
+    SidecarUnavailableError,
+    StoreError,
+    StoreNotFoundError,
+    ThreadBusyError,
+    UnknownFormatError,
+    UnsupportedStoreError,
+)
+from outlast.recovery.handle import RunHandle
+from outlast.recovery.runtime import Runtime, default_runtime
+
+__all__ = [
+    "AgentNotFoundError",
+    "CorruptRecordError",
+    "DuplicateAgentError",
+    "FencedError",
+    "OutlastError",
+    "RecordTooLargeError",
+    "RunCancelledError",
+    "RunConflictError",
+    "RunFailedError",
+    "RunHandle",
+    "RunNotFoundError",
+    "RunStateError",
+    "Runtime",
+    "SerializationError",
+    "SidecarUnavailableError",
+    "StoreError",
+    "StoreNotFoundError",
+    "ThreadBusyError",
+    "UnknownFormatError",
+    "UnsupportedStoreError",
+    "durable",
+]
+
+
+def durable(
+    agent: Any = None,
+    *,
+    name: str | None = None,
+    store: str = "statestore",
+    runtime: Runtime | None = None,
+    **options: Any,
+) -> Any:
+    """Return a durable form of an agent: the same calls, the same results, and runs that survive the process.
+
+    Also a decorator, plain or with arguments, on a function without arguments that returns an agent.
+
+    Args:
+        agent: A compiled LangGraph graph (also `create_agent(...)` and `@entrypoint`), which is not changed.
+        name: Finds the agent's runs again after a restart: keep it. Default: the agent's or the function's own name.
+        store: Name of the Dapr state store component.
+        runtime: Use this runtime instead of the process's own for `store`.
+        **options: Options of the framework's adapter, such as `if_busy="reject"`.
+
+    Raises:
+        TypeError: If it is no agent of a supported framework.
+        ValueError: If the agent has no name.
+        DuplicateAgentError: If another agent of this process has the name.
+    """
+    if agent is None:
+        return functools.partial(durable, name=name, store=store, runtime=runtime, **options)
+    from outlast.adapters import adapt
+
+    return adapt(agent, name, runtime or default_runtime(store), **options)

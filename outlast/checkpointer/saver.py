@@ -21,6 +21,7 @@ from langgraph.checkpoint.base import (
     writes_sort_key,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.types import ERROR
 
 from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed, store_list
 from outlast.checkpointer.client import StateClient, Steps
@@ -31,6 +32,7 @@ from outlast.checkpointer.thread import Fence, ThreadLog
 from outlast.errors import CorruptRecordError, OutlastError, SerializationError
 
 _BATCH: Final = 20
+_ERROR_SOURCE: Final = "__error_source_node__"
 
 
 class _Row(NamedTuple):
@@ -239,6 +241,10 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
     ) -> tuple[str, _Writes]:
         configurable = config["configurable"]
+        if any(channel == ERROR for channel, _ in writes) and all(channel != _ERROR_SOURCE for channel, _ in writes):
+            # A router that raises leaves its node's output beside the error, and a resume would skip what is
+            # downstream (langgraph issue 8834): keep only the error, so that the node runs again.
+            writes = [write for write in writes if write[0] in WRITES_IDX_MAP]
         rows = [
             (channel, WRITES_IDX_MAP.get(channel, position), _dumps(self.serde, value))
             for position, (channel, value) in enumerate(writes)

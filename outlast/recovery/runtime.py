@@ -1,0 +1,304 @@
+"""A runtime: one state store, the agents of this process on it, its worker, and the callers that wait for runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import grpc
+from dapr.ext.workflow import DaprWorkflowClient
+
+from outlast.checkpointer import keys, records
+from outlast.checkpointer.client import Save, StateClient, Steps, load
+from outlast.checkpointer.registry import RUNS
+from outlast.checkpointer.sidecar import Address, configured
+from outlast.errors import AgentNotFoundError, DuplicateAgentError, SidecarUnavailableError, StoreError
+from outlast.recovery import runs
+from outlast.recovery.attempt import Agent, Attachment, Publish
+from outlast.recovery.runs import RunHead, RunInput, Typed
+from outlast.recovery.worker import Worker, sdk_logging
+from outlast.recovery.workflow import RUN, WAKE
+
+logger = logging.getLogger("outlast.runtime")
+
+WORKER: Final = "OUTLAST_WORKER"
+"""Environment variable: `off` keeps a process from working on runs by itself; it then only submits."""
+_CHUNK_TTL: Final = 3600
+
+
+class Runtime:
+    """Everything outlast has in a process for one state store. Threads may share it.
+
+    Args:
+        store: Name of the state store component.
+        address: The sidecar; found in the environment, or started embedded on first use, if not given.
+    """
+
+    def __init__(self, store: str = "statestore", address: Address | None = None) -> None:
+        self.store = store
+        self.agents: dict[str, Agent] = {}
+        self._address = address
+        self._lock = threading.RLock()
+        self._client: StateClient | None = None
+        self._workflows: DaprWorkflowClient | None = None
+        self._worker: Worker | None = None
+        self._attachments: dict[str, list[Attachment]] = {}
+
+    @property
+    def client(self) -> StateClient:
+        """The state store."""
+        with self._lock:
+            if self._client is None:
+                self._client = StateClient(self.store, self._address)
+            return self._client
+
+    @property
+    def workflows(self) -> DaprWorkflowClient:
+        """The sidecar's workflow client."""
+        with self._lock:
+            if self._workflows is None:
+                address = self.client.address
+                self._workflows = DaprWorkflowClient(
+                    host=address.host, port=str(address.port), logger_options=sdk_logging()
+                )
+            return self._workflows
+
+    # --- agents and the worker
+
+    def register(self, agent: Agent, same: Callable[[object], bool]) -> None:
+        """Make an agent known by its name; starts the worker where unfinished runs may wait for it.
+
+        Args:
+            same: Tells whether an agent already known by this name is the same one, made again.
+
+        Raises:
+            DuplicateAgentError: If another agent has the name.
+        """
+        with self._lock:
+            other = self.agents.get(agent.name)
+            if other is not None and not same(other):
+                raise DuplicateAgentError(
+                    f"another agent of this process is named {agent.name!r}: give one of them another name, "
+                    "durable(graph, name=...); the name finds the runs again after a restart"
+                )
+            self.agents[agent.name] = agent
+        if self._worker is None and self._may_have_runs():
+            threading.Thread(target=self._start_quietly, name="outlast-start", daemon=True).start()
+
+    def _may_have_runs(self) -> bool:
+        if os.environ.get(WORKER, "").lower() == "off":
+            return False
+        if configured() or self._address:
+            return True
+        from outlast.embedded import default_path
+
+        return default_path().exists()
+
+    def _start_quietly(self) -> None:
+        # A moment for the module to register its other agents.
+        time.sleep(0.1)
+        try:
+            self.start_worker()
+        except Exception as error:
+            logger.warning("the worker could not start; it will on first use: %s", error)
+
+    def start_worker(self) -> Worker | None:
+        """Start the worker of this process, unless it runs already or OUTLAST_WORKER is `off`.
+
+        Raises:
+            SidecarUnavailableError: If no sidecar answers.
+        """
+        if os.environ.get(WORKER, "").lower() == "off":
+            return None
+        with self._lock:
+            if self._worker is None:
+                worker = Worker(self)
+                worker.start()
+                self._worker = worker
+                threading.Thread(target=self._stop_with_main, name="outlast-exit", daemon=True).start()
+            return self._worker
+
+    def _stop_with_main(self) -> None:
+        # The SDK's threads keep the interpreter alive: stop them when the program's own thread ends.
+        threading.main_thread().join()
+        self.stop()
+
+    def stop(self, grace: float = 5.0) -> None:
+        """Stop the worker: attempts end at their next boundary, and are left to others after `grace` seconds."""
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker:
+            worker.stop(grace)
+
+    def agent(self, name: str) -> Agent:
+        """Return an agent of this process by name.
+
+        Raises:
+            AgentNotFoundError: If there is none.
+        """
+        agent = self.agents.get(name)
+        if agent is None:
+            known = ", ".join(map(repr, sorted(self.agents))) or "none"
+            raise AgentNotFoundError(
+                f"no agent named {name!r} in this process (it has {known}); import the module that makes it durable, "
+                "or start `outlast worker module:attr` where it is"
+            )
+        return agent
+
+    # --- runs
+
+    def submit(self, run_id: str, submitted: RunInput, *, queue: bool = True, attach: Attachment | None = None) -> bool:
+        """Accept a run and schedule its workflow. Returns whether this call made the run.
+
+        Raises:
+            RunConflictError, ThreadBusyError: See `runs.accept`.
+            SidecarUnavailableError: If no sidecar answers.
+        """
+        worker = self.start_worker()
+        if attach:
+            with self._lock:
+                self._attachments.setdefault(run_id, []).append(attach)
+        submitted = replace(submitted, submitter=worker.id if worker else "")
+        limit = self.client.capabilities.quirks.max_value
+        head, mine = self.client.run(runs.accept(run_id, submitted, limit, queue))
+        if not head.ended and head.status == "accepted":
+            self.schedule(head)
+        return mine
+
+    def schedule(self, head: RunHead) -> None:
+        """Start the workflow of a run unless it is active already."""
+        try:
+            self.workflows.schedule_new_workflow(
+                RUN, input={"run": head.run_id, "turn": 0, "failures": 0}, instance_id=head.instance
+            )
+        except grpc.RpcError as error:
+            if _already_there(error):
+                return
+            self._raise(error)
+
+    def wake(self, run_id: str) -> None:
+        """End the wait of a run's workflow, if it waits."""
+        head = self.client.run(runs.read(run_id))
+        try:
+            self.workflows.raise_workflow_event(head.instance, WAKE)
+        except grpc.RpcError as error:
+            # The workflow is not there yet; its worker finds what has come when it is.
+            logger.debug("run %s could not be woken: %s", run_id, error)
+
+    def signal(self, run_id: str, value: Typed, addressed: bool = False) -> None:
+        """Hand a run a signal and wake it. Arguments and errors as of `runs.signal`."""
+        self.start_worker()
+        self.client.run(runs.signal(run_id, value, self.client.capabilities.quirks.max_value, addressed))
+        self.wake(run_id)
+
+    def cancel(self, run_id: str) -> RunHead:
+        """Ask a run to end: at once where it waits, else at its next boundary."""
+        self.start_worker()
+        head = self.client.run(
+            runs.change(run_id, lambda now: None if now.ended or now.cancel else replace(now, cancel=True))
+        )
+        self.wake(run_id)
+        return head
+
+    def run_ids(self) -> list[str]:
+        """Return the ids of all runs ever accepted in this store."""
+        return self.client.run(RUNS.names())
+
+    def _raise(self, error: grpc.RpcError) -> None:
+        if error.code() == grpc.StatusCode.UNAVAILABLE:
+            raise SidecarUnavailableError(f"no answer from the {self.client.address}: {error.details()}") from error
+        raise StoreError(f"workflow call to the {self.client.address} failed: {error.details()}") from error
+
+    # --- callers in this process
+
+    def attachment(self, run_id: str) -> Attachment | None:
+        """Return the caller that waits for a run in this process, the first if there are several."""
+        with self._lock:
+            waiting = self._attachments.get(run_id)
+            return waiting[0] if waiting else None
+
+    def attach(self, run_id: str, attachment: Attachment) -> None:
+        """Enter a caller that waits for a run."""
+        with self._lock:
+            self._attachments.setdefault(run_id, []).append(attachment)
+
+    def detach(self, run_id: str, attachment: Attachment) -> None:
+        """Remove a caller."""
+        with self._lock:
+            waiting = self._attachments.get(run_id, [])
+            if attachment in waiting:
+                waiting.remove(attachment)
+            if not waiting:
+                self._attachments.pop(run_id, None)
+
+    def settled(self, head: RunHead, failure: BaseException | None = None) -> None:
+        """Tell the callers in this process that a run has ended or waits."""
+        with self._lock:
+            waiting = list(self._attachments.get(head.run_id, ()))
+        for attachment in waiting:
+            attachment.settle(failure)
+
+    # --- stream chunks
+
+    def publisher(self, head: RunHead) -> Publish:
+        """Return what hands an attempt's stream chunks to callers here, and to those elsewhere through the store."""
+        assert head.running is not None
+        epoch, numbers = head.running.epoch, iter(range(1 << 62))
+
+        def publish(chunk: Any, dumps: Callable[[Any], Typed]) -> None:
+            with self._lock:
+                waiting = [found for found in self._attachments.get(head.run_id, ()) if found.chunks is not None]
+            for attachment in waiting:
+                assert attachment.chunks is not None
+                attachment.chunks.put(chunk)
+            if not waiting:
+                self.client.run(_save_chunk(head.run_id, epoch, next(numbers), dumps(chunk)))
+
+        return publish
+
+    def chunks(self, run_id: str, epoch: int, start: int) -> list[Typed]:
+        """Return the stream chunks an attempt elsewhere has published, from number `start` on."""
+        return self.client.run(_load_chunks(run_id, epoch, start))
+
+
+def _chunk_key(run_id: str, epoch: int, number: int) -> str:
+    return f"{keys.run_key(run_id)}-s{epoch}-{number}"
+
+
+def _save_chunk(run_id: str, epoch: int, number: int, chunk: Typed) -> Steps[None]:
+    # For display only, so no head names it; it goes with its time to live.
+    key = _chunk_key(run_id, epoch, number)
+    yield Save([(key, records.encode(records.STREAM, list(chunk)))], ttl=_CHUNK_TTL)
+
+
+def _load_chunks(run_id: str, epoch: int, start: int) -> Steps[list[Typed]]:
+    names = [_chunk_key(run_id, epoch, number) for number in range(start, start + 50)]
+    found = yield from load(names)
+    chunks: list[Typed] = []
+    for name in names:
+        if name not in found:
+            break
+        kind, data = records.decode(name, records.STREAM, found[name])
+        chunks.append((kind, data))
+    return chunks
+
+
+def _already_there(error: grpc.RpcError) -> bool:
+    return error.code() == grpc.StatusCode.ALREADY_EXISTS or "already" in (error.details() or "")
+
+
+_RUNTIMES: dict[str, Runtime] = {}
+_RUNTIMES_LOCK = threading.Lock()
+
+
+def default_runtime(store: str = "statestore") -> Runtime:
+    """Return the process's runtime for a state store."""
+    with _RUNTIMES_LOCK:
+        if store not in _RUNTIMES:
+            _RUNTIMES[store] = Runtime(store)
+        return _RUNTIMES[store]
