@@ -49,7 +49,6 @@ class Dispatcher:
         self._returned: list[Turn | Task] = []
         self._dead: set[str] = set()
         self._new_stream = False
-        self._look = True
         self._next_timer: int | None = 0
         self._presence = Presence(lock_folder, self._on_ping, self._on_death)
         self._pump = threading.Thread(target=self._run, name="outlast-dispatch", daemon=True)
@@ -109,14 +108,20 @@ class Dispatcher:
         for item in claimed:
             self._hand_out(item)
         self.waiters.wake(changes.touched)
-        if changes.timer_at is not None and (self._next_timer is None or changes.timer_at < self._next_timer):
-            self._next_timer = changes.timer_at
+        if changes.timer_at is not None and self._expect_timer(changes.timer_at):
             self._wake.set()
         if left and len(self._streams):
-            self._look = True
             self._wake.set()
         if self._presence.has_peers and (changes.touched or changes.work):
             self._presence.ping()
+
+    def _expect_timer(self, fire_at: int | None) -> bool:
+        """Remember the earliest timer known; True if this one is."""
+        with self._mutex:
+            if fire_at is None or (self._next_timer is not None and self._next_timer <= fire_at):
+                return False
+            self._next_timer = fire_at
+            return True
 
     def _claim(self, connection: sqlite3.Connection) -> list[Turn | Task]:
         turns, tasks = self._streams.room()
@@ -167,8 +172,8 @@ class Dispatcher:
         self._streams.add(stream)
         if self._stopped.is_set():
             stream.close()
-        self._new_stream = True
-        self._look = True
+        with self._mutex:
+            self._new_stream = True
         self._wake.set()
         return stream
 
@@ -181,7 +186,6 @@ class Dispatcher:
             return
         with self._mutex:
             self._returned.extend(items)
-        self._look = True
         self._wake.set()
 
     def complete_turn(self, response: pb.WorkflowResponse) -> None:
@@ -227,7 +231,6 @@ class Dispatcher:
             with self._database.read() as connection:
                 work = leases.has_free_work(connection, self._app)
             if work:
-                self._look = True
                 self._wake.set()
         if self._presence.unmet():
             self._wake.set()
@@ -236,7 +239,7 @@ class Dispatcher:
         logger.info("sidecar %s is gone; taking its work over", owner)
         with self._mutex:
             self._dead.add(owner)
-        self._next_timer = 0  # its timers are ours now
+        self._expect_timer(0)  # its timers are ours now
         self._wake.set()
 
     def _run(self) -> None:
@@ -266,8 +269,7 @@ class Dispatcher:
 
     def _tick(self) -> None:
         """The slow look that nothing depends on while everybody is healthy."""
-        self._look = True
-        self._next_timer = 0
+        self._expect_timer(0)
         try:
             self._presence.rescan()
             if self._presence.has_peers:
@@ -280,45 +282,46 @@ class Dispatcher:
         with self._mutex:
             returned, self._returned = self._returned, []
             dead, self._dead = self._dead, set()
-        look, self._look = self._look, False
-        new_stream, self._new_stream = self._new_stream, False
-        timers = self._next_timer is not None and self._next_timer <= time.time_ns()
+            new_stream, self._new_stream = self._new_stream, False
+            due = self._next_timer is not None and self._next_timer <= time.time_ns()
         try:
             if self._presence.unmet():
                 self._presence.rescan()
-            if returned or dead or timers or new_stream or (look and len(self._streams)):
-                return self._settle(returned, dead, timers=timers, new_stream=new_stream)
+            if returned or dead or new_stream or due or len(self._streams):
+                return self._settle(returned, dead, new_stream=new_stream)
         except BaseException:
             with self._mutex:
                 self._returned.extend(returned)
                 self._dead |= dead
-            self._new_stream = self._new_stream or new_stream
-            self._look = True
+                self._new_stream = self._new_stream or new_stream
             raise
         return False
 
-    def _settle(self, returned: list[Turn | Task], dead: set[str], *, timers: bool, new_stream: bool) -> bool:
-        with self._database.read() as connection:
-            next_timer = connection.execute("SELECT min(fire_at) FROM timers").fetchone()[0]
-            due = next_timer is not None and next_timer <= time.time_ns()
-            if not (returned or dead or new_stream or due):
-                self._next_timer = next_timer
-                if not leases.has_free_work(connection, self._app):
+    def _settle(self, returned: list[Turn | Task], dead: set[str], *, new_stream: bool) -> bool:
+        with self._mutex:
+            self._next_timer = None  # what comes meanwhile is kept by `_expect_timer`
+        following: int | None = 0
+        try:
+            with self._database.read() as connection:
+                following = _next_timer(connection)
+                due = following is not None and following <= time.time_ns()
+                if not (returned or dead or new_stream or due or leases.has_free_work(connection, self._app)):
                     return False
 
-        def work(connection: sqlite3.Connection, changes: Changes) -> int | None:
-            leases.give_back(connection, returned)
-            for owner in dead:
-                leases.give_back_all(connection, owner)
-            if new_stream:
-                workflows.retry_stalled(connection, self._app)
-            if due:
-                workflows.fire_timers(connection, changes)
-            changes.work = True
-            following: int | None = connection.execute("SELECT min(fire_at) FROM timers").fetchone()[0]
-            return following
+            def work(connection: sqlite3.Connection, changes: Changes) -> int | None:
+                leases.give_back(connection, returned)
+                for owner in dead:
+                    leases.give_back_all(connection, owner)
+                if new_stream:
+                    workflows.retry_stalled(connection, self._app)
+                if due:
+                    workflows.fire_timers(connection, changes)
+                changes.work = True
+                return _next_timer(connection)
 
-        self._next_timer = self.transact(work, durable=due)
+            following = self.transact(work, durable=due)
+        finally:
+            self._expect_timer(following)
         # What this round could not take is looked at again at once if the workers have room.
         turns, tasks = self._streams.room()
         with self._database.read() as connection:
@@ -329,3 +332,8 @@ class Dispatcher:
             expired = connection.execute("SELECT 1 FROM state WHERE expires <= ? LIMIT 1", (time.time(),)).fetchone()
         if expired:
             self._database.write(state.reap, durable=False)
+
+
+def _next_timer(connection: sqlite3.Connection) -> int | None:
+    fire_at: int | None = connection.execute("SELECT min(fire_at) FROM timers").fetchone()[0]
+    return fire_at

@@ -19,11 +19,10 @@ _LOCK_SUFFIX = ".lock"
 _HELLO = b"hello"
 _SOCKET_PATH_LIMIT = 100  # sun_path holds 104 bytes on macOS, 108 on Linux
 
-# POSIX locks belong to a process: closing any descriptor of a file drops them, and locking an own file again
-# succeeds. So this process must never open the lock file of one of its own sidecars a second time.
-_own: dict[str, Presence] = {}
-_watched: dict[str, list[Callable[[], None]]] = {}
-_registry = threading.Lock()
+# flock, not POSIX locks: those of two processes that watch each other are refused as a deadlock, and closing any
+# descriptor of the file would drop them. A lock taken with flock lives as long as any copy of its descriptor, so
+# forked children close theirs (`_close_in_child`).
+_held: set[int] = set()
 
 
 class Presence:
@@ -56,10 +55,9 @@ class Presence:
         # Locked under another name first: a lock file that others can see but nobody holds means a dead sidecar.
         unborn = folder / f"{self.id}.tmp"
         self._lock_file = os.open(unborn, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.lockf(self._lock_file, fcntl.LOCK_EX)
+        _held.add(self._lock_file)
+        fcntl.flock(self._lock_file, fcntl.LOCK_EX)
         os.write(self._lock_file, os.fsencode(self._socket_path))
-        with _registry:
-            _own[self.id] = self
         os.rename(unborn, self._lock_path)
 
     def start(self) -> None:
@@ -90,22 +88,36 @@ class Presence:
         return alive
 
     def _meet(self, peer: str, lock_path: Path) -> None:
-        with _registry:
-            sibling = _own.get(peer)
-            if sibling is not None:
-                self._peers[peer] = os.fspath(sibling._socket_path)
-                sibling._greeted = True
-                sibling._send(os.fspath(sibling._socket_path))
-                return
-            watchers = _watched.setdefault(os.fspath(lock_path), [])
-            watchers.append(lambda: self._lost(peer))
-            first = len(watchers) == 1
-        with contextlib.suppress(OSError):
-            # Never the file of a sidecar of this process, see above; and its watcher holds no lock while it waits.
-            self._peers[peer] = lock_path.read_text()
-        if first:
-            threading.Thread(target=_watch, args=(lock_path,), name="outlast-watch", daemon=True).start()
-        self._send(self._peers[peer], _HELLO)
+        try:
+            descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # it has left between the listing and now
+            with self._mutex:
+                self._peers.pop(peer, None)
+            return
+        _held.add(descriptor)
+        address = os.fsdecode(os.pread(descriptor, 4096, 0))
+        with self._mutex:
+            self._peers[peer] = address
+        arguments = (peer, lock_path, descriptor, address)
+        threading.Thread(target=self._watch, args=arguments, name="outlast-watch", daemon=True).start()
+        self._send(address, _HELLO)
+
+    def _watch(self, peer: str, lock_path: Path, descriptor: int, address: str) -> None:
+        """Sleep in the kernel until the owner of a lock file is gone, then clean up after it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # shared: all that watch the same file wake at once
+        except OSError:
+            logger.exception("cannot watch the lock file %s", lock_path)
+            return
+        finally:
+            _held.discard(descriptor)
+            os.close(descriptor)
+        lock_path.unlink(missing_ok=True)
+        Path(address).unlink(missing_ok=True)
+        try:
+            self._lost(peer)
+        except Exception:
+            logger.exception("could not take over the work of a sidecar that is gone")
 
     def _lost(self, peer: str) -> None:
         with self._mutex:
@@ -151,49 +163,18 @@ class Presence:
             self._closed.set()
         self._lock_path.unlink(missing_ok=True)
         self._send(os.fspath(self._socket_path))  # ends the listener
-        with _registry:
-            _own.pop(self.id, None)
-            siblings = list(_own.values())
+        _held.discard(self._lock_file)
         os.close(self._lock_file)
         self._socket_path.unlink(missing_ok=True)
-        for sibling in siblings:
-            sibling._lost(self.id)
         self._sender.close()
 
 
-def _watch(lock_path: Path) -> None:
-    """Sleep in the kernel until the owner of a lock file is gone, then clean up after it."""
-    try:
-        try:
-            descriptor = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        try:
-            socket_path = os.fsdecode(os.pread(descriptor, 4096, 0))
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
-            lock_path.unlink(missing_ok=True)
-            if socket_path:
-                Path(socket_path).unlink(missing_ok=True)
-        finally:
+def _close_in_child() -> None:
+    """A forked child must not keep its parent's locks alive; it runs none of the threads here."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
             os.close(descriptor)
-    except OSError:
-        logger.exception("cannot watch the lock file %s", lock_path)
-    finally:
-        with _registry:
-            callbacks = _watched.pop(os.fspath(lock_path), [])
-        for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                logger.exception("could not take over the work of a sidecar that is gone")
+    _held.clear()
 
 
-def _forget_in_child() -> None:
-    """A forked child holds none of its parent's locks and runs none of its threads."""
-    global _registry
-    _registry = threading.Lock()
-    _own.clear()
-    _watched.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_close_in_child)

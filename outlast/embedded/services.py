@@ -241,7 +241,9 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
             tags=dict(request.tags),
         )
         app = self._target(request)
-        with _answering(context, "failed to create workflow instance: "):
+        # daprd wraps the status of its inner call into the text of the outer one.
+        what = "failed to create workflow instance: rpc error: code = AlreadyExists desc = "
+        with _answering(context, what):
             self._dispatcher.transact(lambda c, changes: workflows.create(c, app, event, changes))
         return pb.CreateInstanceResponse(instanceId=instance_id)
 
