@@ -120,13 +120,8 @@ class Runtime:
                 worker = Worker(self)
                 worker.start()
                 self._worker = worker
-                threading.Thread(target=self._stop_with_main, name="outlast-exit", daemon=True).start()
+                _before_exit(self.stop)
             return self._worker
-
-    def _stop_with_main(self) -> None:
-        # The SDK's threads keep the interpreter alive: stop them when the program's own thread ends.
-        threading.main_thread().join()
-        self.stop()
 
     def stop(self, grace: float = 5.0) -> None:
         """Stop the worker: attempts end at their next boundary, and are left to others after `grace` seconds."""
@@ -290,6 +285,23 @@ def _load_chunks(run_id: str, epoch: int, start: int) -> Steps[list[Typed]]:
 
 def _already_there(error: grpc.RpcError) -> bool:
     return error.code() == grpc.StatusCode.ALREADY_EXISTS or "already" in (error.details() or "")
+
+
+def _before_exit(stop: Callable[[], None]) -> None:
+    """Call `stop` when the program's own thread has ended, before the interpreter waits for the SDK's threads.
+
+    `atexit` would be too late: those threads would keep the interpreter from getting there.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(stop)
+        return
+
+    def watch() -> None:
+        threading.main_thread().join()
+        stop()
+
+    threading.Thread(target=watch, name="outlast-exit", daemon=True).start()
 
 
 _RUNTIMES: dict[str, Runtime] = {}

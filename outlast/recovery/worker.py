@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from dapr.ext.workflow import WorkflowActivityContext, WorkflowRuntime
+from dapr.ext.workflow import DaprWorkflowContext, WorkflowActivityContext, WorkflowRuntime
 from dapr.ext.workflow.logger import LoggerOptions
 
 from outlast.checkpointer import keys, records
@@ -62,6 +62,7 @@ class Worker:
         self._attempts: dict[str, Attempt] = {}
         self._starting: dict[str, int] = {}
         self._unsettled: dict[str, RunHead] = {}
+        self._ending: set[str] = set()
         self._beat = 0
         self._peers: dict[str, _Peer] = {}
         self._accepted: dict[str, float] = {}
@@ -88,8 +89,10 @@ class Worker:
             maximum_thread_pool_workers=concurrency,
         )
 
-        def workflow(ctx: Any, ref: Any) -> Any:
-            return (yield from run_workflow(ctx, ref))
+        def workflow(ctx: DaprWorkflowContext, ref: Any) -> Any:
+            status = yield from run_workflow(ctx, ref)
+            self._ending.discard(ctx.instance_id)
+            return status
 
         def advance(ctx: WorkflowActivityContext, delivery: Any) -> Any:
             return self.advance(delivery)
@@ -113,12 +116,19 @@ class Worker:
         while time.monotonic() < deadline and (self._attempts or self._starting):
             time.sleep(0.01)
         self._abandon.set()
+        self._let_workflows_end()
         try:
             self._client.run(WORKERS.discard(self.id))
         except OutlastError as error:
             logger.debug("worker %s could not sign off: %s", self.id, error)
         if self._sdk:
             self._sdk.shutdown()
+
+    def _let_workflows_end(self, patience: float = 0.5) -> None:
+        """Wait until the workflows of runs that ended here have ended, too; else the next worker ends them."""
+        deadline = time.monotonic() + patience
+        while self._ending and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     # --- one delivery
 
@@ -132,7 +142,10 @@ class Worker:
         with self._lock:
             self._starting[run_id] = self._starting.get(run_id, 0) + 1
         try:
-            return self._advance(run_id, delivery)
+            step = self._advance(run_id, delivery)
+            if step["then"] == "end":
+                self._ending.add(delivery["instance"])
+            return step
         except RunNotFoundError:
             return {"then": "end", "status": "unknown"}
         except FencedError as error:

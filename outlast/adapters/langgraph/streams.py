@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.pregel import Pregel
+from langgraph.types import Command
 
 from outlast.recovery import runs
 from outlast.recovery.handle import RunHandle
@@ -49,6 +50,9 @@ class Collector:
         self._dumps = dumps
         self._latest: Any = None
         self._interrupts: list[Any] = []
+        # Going on from the accepted input LangGraph first shows the state before it, which a plain stream does not.
+        given = drive.submitted["input"]
+        self._repeats = set() if given is None or isinstance(given, Command) else {"values", "checkpoints", "debug"}
 
     def arguments(self, call: Stretch) -> dict[str, Any]:
         """Return the arguments for the graph's `stream`: the caller's modes, and those the result is made of."""
@@ -75,7 +79,9 @@ class Collector:
             self._latest = data
         if not namespace and mode == "updates" and isinstance(data, dict) and _INTERRUPT in data:
             self._interrupts.extend(data[_INTERRUPT])
-        if mode in self._wanted["modes"]:
+        if not namespace and mode in self._repeats:
+            self._repeats.discard(mode)
+        elif mode in self._wanted["modes"]:
             self._publish(self._shaped(chunk, namespace, mode, data), self._dumps)
 
     def _shaped(self, chunk: Any, namespace: tuple[str, ...], mode: str, data: Any) -> Any:
