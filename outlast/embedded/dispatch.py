@@ -75,7 +75,8 @@ class Dispatcher:
             self._streams.remove(stream)
         self.waiters.wake_all()
         self._wake.set()
-        self._pump.join(timeout=5)
+        if self._pump.is_alive():
+            self._pump.join(timeout=5)
         with contextlib.suppress(sqlite3.Error):
             self._database.write(lambda c: leases.give_back_all(c, self._presence.id), durable=False)
         self._presence.ping()

@@ -31,6 +31,7 @@ PATH_VARIABLE = "OUTLAST_EMBEDDED_PATH"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_THREADS = 4096  # each open work-item stream and each waiting client holds one
 _IDLE_SECONDS = 10.0
+_STOP_SECONDS = 1.0
 
 
 def default_path() -> Path:
@@ -207,9 +208,10 @@ class EmbeddedSidecar:
             self._running = False
             atexit.unregister(self.stop)
             self._health.stop()
-            stopped = self._server.stop(grace=None)
+            # A moment of grace, in which the dispatcher ends the long calls: cutting them off makes gRPC write to stderr.
+            stopped = self._server.stop(grace=_STOP_SECONDS)
             self._dispatcher.stop()
-            stopped.wait(timeout=2)
+            stopped.wait(timeout=2 * _STOP_SECONDS)
             self._database.close()
 
     def __enter__(self) -> EmbeddedSidecar:
