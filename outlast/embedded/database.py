@@ -53,7 +53,8 @@ CREATE INDEX tasks_free ON tasks (app, id) WHERE owner IS NULL;
 CREATE INDEX tasks_owner ON tasks (owner) WHERE owner IS NOT NULL;
 CREATE INDEX tasks_iid ON tasks (iid);
 CREATE TABLE timers (
-  id INTEGER PRIMARY KEY, fire_at INTEGER NOT NULL, iid INTEGER NOT NULL, timer_id INTEGER NOT NULL, event BLOB);
+  id INTEGER PRIMARY KEY, fire_at INTEGER NOT NULL, iid INTEGER NOT NULL, timer_id INTEGER NOT NULL, event BLOB,
+  waits_for TEXT);
 CREATE INDEX timers_fire_at ON timers (fire_at);
 CREATE INDEX timers_iid ON timers (iid);
 CREATE TABLE children (

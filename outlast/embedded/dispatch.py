@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import dapr.ext.workflow._durabletask.internal.protos as pb
 
-from outlast.embedded import leases, state, workflows
+from outlast.embedded import leases, state, turns, workflows
 from outlast.embedded.database import Database
 from outlast.embedded.liveness import Presence
 from outlast.embedded.streams import Streams, WorkerStream
@@ -47,6 +47,7 @@ class Dispatcher:
         self._stopped = threading.Event()
         self._mutex = threading.Lock()
         self._returned: list[Turn | Task] = []
+        self._unsaved: list[Callable[[], object]] = []
         self._dead: set[str] = set()
         self._new_stream = False
         self._next_timer: int | None = 0
@@ -125,15 +126,15 @@ class Dispatcher:
             return True
 
     def _claim(self, connection: sqlite3.Connection) -> list[Turn | Task]:
-        turns, tasks = self._streams.room()
+        free_turns, free_tasks = self._streams.room()
         if self._presence.has_peers:
-            turns, tasks = min(turns, _BITE), min(tasks, _BITE)
-        if (not turns and not tasks) or self._stopped.is_set():
+            free_turns, free_tasks = min(free_turns, _BITE), min(free_tasks, _BITE)
+        if (not free_turns and not free_tasks) or self._stopped.is_set():
             return []
         owner = self._presence.id
         return [
-            *leases.claim_turns(connection, self._app, owner, turns),
-            *leases.claim_tasks(connection, self._app, owner, tasks),
+            *leases.claim_turns(connection, self._app, owner, free_turns),
+            *leases.claim_tasks(connection, self._app, owner, free_tasks),
         ]
 
     def _hand_out(self, item: Turn | Task) -> None:
@@ -194,7 +195,7 @@ class Dispatcher:
 
         Raises:
             ValueError: The response cannot be applied.
-            sqlite3.Error: Nothing was written; the turn will be handed out again.
+            sqlite3.Error: Nothing was written yet; the answer is kept and written when that works again.
         """
         held = self._streams.take_turn(response.completionToken)
         if held is None:
@@ -204,9 +205,8 @@ class Dispatcher:
         if any(action.HasField("completeWorkflow") for action in response.actions):
             stream.cached.pop(turn.instance_id, None)
         try:
-            self.transact(lambda connection, changes: workflows.apply_turn(connection, turn, response, changes))
-        except Exception:
-            stream.cached.pop(turn.instance_id, None)
+            self._save(lambda: self.transact(lambda c, changes: turns.apply_turn(c, turn, response, changes)))
+        except ValueError:
             self._return([turn])
             raise
 
@@ -214,17 +214,36 @@ class Dispatcher:
         """Record an activity's result; one whose lease is lost is ignored.
 
         Raises:
-            sqlite3.Error: Nothing was written; the activity will be handed out again.
+            sqlite3.Error: Nothing was written yet; the result is kept and written when that works again.
         """
         task = self._streams.take_task(response.completionToken)
         if task is None:
             logger.info("ignoring the completion of an activity that is not held any more")
             return
+        self._save(lambda: self.transact(lambda c, changes: workflows.complete_task(c, task, response, changes)))
+
+    def _save(self, save: Callable[[], object]) -> None:
+        """Save an answer; while the disk is full it is kept, for doing the work again could cost more than waiting."""
         try:
-            self.transact(lambda connection, changes: workflows.complete_task(connection, task, response, changes))
-        except Exception:
-            self._return([task])
+            save()
+        except sqlite3.Error:
+            with self._mutex:
+                self._unsaved.append(save)
             raise
+
+    def _save_the_unsaved(self) -> None:
+        with self._mutex:
+            unsaved, self._unsaved = self._unsaved, []
+        while unsaved:
+            try:
+                unsaved[0]()
+            except sqlite3.Error:
+                with self._mutex:
+                    self._unsaved = unsaved + self._unsaved
+                raise
+            except ValueError:
+                logger.exception("an answer that was kept cannot be applied")
+            unsaved.pop(0)
 
     def _on_ping(self) -> None:
         self.waiters.look()
@@ -286,6 +305,8 @@ class Dispatcher:
             new_stream, self._new_stream = self._new_stream, False
             due = self._next_timer is not None and self._next_timer <= time.time_ns()
         try:
+            if self._unsaved:
+                self._save_the_unsaved()
             if self._presence.unmet():
                 self._presence.rescan()
             if returned or dead or new_stream or due or len(self._streams):
@@ -324,9 +345,9 @@ class Dispatcher:
         finally:
             self._expect_timer(following)
         # What this round could not take is looked at again at once if the workers have room.
-        turns, tasks = self._streams.room()
+        free_turns, free_tasks = self._streams.room()
         with self._database.read() as connection:
-            return leases.has_free_work(connection, self._app, turns=turns > 0, tasks=tasks > 0)
+            return leases.has_free_work(connection, self._app, turns=free_turns > 0, tasks=free_tasks > 0)
 
     def _reap(self) -> None:
         with self._database.read() as connection:

@@ -20,6 +20,7 @@ FINAL = frozenset(
 )
 # An indefinite wait for an external event is a timer at the end of the calendar; it must never fire.
 _NEVER = 253402300799
+NEVER = 2**63 - 1
 
 
 def stamp(nanoseconds: int) -> timestamp_pb2.Timestamp:
@@ -73,11 +74,12 @@ def optional(message: Any, name: str) -> Any:
 
 
 class Timer(NamedTuple):
-    """A durable timer to create; `fire_at` in nanoseconds since the epoch."""
+    """A durable timer to create; `fire_at` in nanoseconds since the epoch, `waits_for` the event that makes it moot."""
 
     fire_at: int
     timer_id: int
     event: pb.HistoryEvent
+    waits_for: str | None
 
 
 class Message(NamedTuple):
@@ -149,9 +151,10 @@ def plan(app: str, instance_id: str, start: pb.ExecutionStartedEvent, actions: l
                 getattr(created, origin).CopyFrom(getattr(body, origin))
                 getattr(created, origin).SetInParent()
             turn.events.append(new_event(action.id, timerCreated=created, router=router))
-            if body.fireAt.seconds < _NEVER:
-                fired = new_event(timerFired=pb.TimerFiredEvent(fireAt=body.fireAt, timerId=action.id))
-                turn.timers.append(Timer(nanoseconds(body.fireAt), action.id, fired))
+            fire_at = nanoseconds(body.fireAt) if body.fireAt.seconds < _NEVER else NEVER
+            fired = new_event(timerFired=pb.TimerFiredEvent(fireAt=body.fireAt, timerId=action.id))
+            waits_for = body.externalEvent.name.upper() if origin == "externalEvent" else None
+            turn.timers.append(Timer(min(fire_at, NEVER), action.id, fired, waits_for))
         elif kind == "createChildWorkflow":
             child = body.instanceId or f"{instance_id}:{action.id:04x}"
             created_child = pb.ChildWorkflowInstanceCreatedEvent(

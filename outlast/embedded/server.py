@@ -208,7 +208,7 @@ class EmbeddedSidecar:
             self._running = False
             atexit.unregister(self.stop)
             self._health.stop()
-            # A moment of grace, in which the dispatcher ends the long calls: cutting them off makes gRPC write to stderr.
+            # With grace, in which the dispatcher ends the long calls: gRPC writes to stderr about those it cuts off.
             stopped = self._server.stop(grace=_STOP_SECONDS)
             self._dispatcher.stop()
             stopped.wait(timeout=2 * _STOP_SECONDS)
