@@ -3,7 +3,8 @@
 A pack is the record of one commit: the checkpoints and writes in it and the small values they hold. A value is found by
 its locator:
 
-* `[pack, index]`: a value in a pack's table; one larger than `INLINE` is a record of its own that the table names;
+* `[pack, index]`: a value in a pack's table; one larger than `INLINE` is a record of its own that the table names. In
+  a pack's own rows its name is left empty;
 * `{"l": [length, base, tail]}`: a list, kept by segments. `tail` has up to `TAIL` pairs `[locator, items]`, one for
   each time the list grew; `base` is the locator of a node that holds what came before, merged into larger segments.
   So a list that grows by one item a turn costs the same at every turn, and is read in a bounded number of bulk reads.
@@ -22,7 +23,8 @@ from outlast.checkpointer.client import Steps, load
 from outlast.errors import CorruptRecordError
 
 INLINE: Final = 16_384
-TAIL: Final = 32
+TAIL: Final = 16
+_FAN: Final = 32
 _MERGE_LIMIT: Final = 65_536
 _NODE: Final = "outlast-node"
 _CHECKED: Final = 8
@@ -64,7 +66,8 @@ class PackWriter:
 
     def finish(self, limit: int) -> list[tuple[str, bytes]]:
         """Return the records of this commit, none with a value longer than `limit` bytes."""
-        body = {"b": self.table, "c": self.checkpoints, "w": self.writes}
+        rows = (_renamed(self.checkpoints, self.name, ""), _renamed(self.writes, self.name, ""))
+        body = {"b": self.table, "c": rows[0], "w": rows[1]}
         whole = [*self._large, (f"{self.key}-{self.name}", records.encode(records.PACK, body))]
         return [part for key, data in whole for part in records.split(key, data, limit)]
 
@@ -89,7 +92,8 @@ class PackReader:
         found = yield from load([f"{self._key}-{name}" for name in missing])
         for name in missing:
             key = f"{self._key}-{name}"
-            self._packs[name] = records.decode(key, records.PACK, found.get(key, b""))
+            body = records.decode(key, records.PACK, found.get(key, b""))
+            self._packs[name] = {**body, "c": _renamed(body["c"], "", name), "w": _renamed(body["w"], "", name)}
         return self._packs
 
     def fetch(self, locators: Sequence[Locator]) -> Steps[None]:
@@ -153,6 +157,17 @@ class PackReader:
         if kind != _NODE:
             raise CorruptRecordError(f"a list of {self._key} points to a value that is no node")
         return ormsgpack.unpackb(data)
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    """Return rows with the pack name `old` replaced by `new` in every locator `[pack, index]`."""
+    if isinstance(value, dict):
+        return {key: _renamed(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and value[0] == old and type(value[1]) is int:
+            return [new, value[1]]
+        return [_renamed(item, old, new) for item in value]
+    return value
 
 
 @dataclass
@@ -256,7 +271,7 @@ def _merge(
     merged = dumps(items[covered:])
     segments = [[pack.add(merged), len(items) - covered]] if len(merged[1]) <= _MERGE_LIMIT else tail
     node = node or {"s": [], "u": []}
-    if len(node["s"]) + len(segments) > TAIL and base is not None:
+    if len(node["s"]) + len(segments) > _FAN and base is not None:
         node = {"s": segments, "u": [*node["u"], base]}
     else:
         node = {"s": [*node["s"], *segments], "u": node["u"]}

@@ -27,17 +27,17 @@ def read_many(keys: Sequence[str], kind: str) -> Steps[dict[str, Any]]:
     return {key: records.decode(key, kind, item.data) for key, item in items.items() if item.data}
 
 
-def update(key: str, kind: str, change: Callable[[Any], Any]) -> Steps[Any]:
+def update(key: str, kind: str, change: Callable[[Any], Any], known: tuple[Any, str] | None = None) -> Steps[Any]:
     """Replace the body of the cell at `key` by `change(body)`; `change` gets None where there is no cell yet.
 
     `change` may be called again, with its own outcome applied or not, so it must be idempotent. It returns None to
-    leave the cell as it is. Returns the body that the cell then has.
+    leave the cell as it is. Returns the body that the cell then has. `known` is what `read` has just returned.
 
     Raises:
         StoreError: If other writers win without end.
     """
     for attempt in range(_TRIES):
-        body, etag = yield from read(key, kind)
+        body, etag = known if known and not attempt else (yield from read(key, kind))
         changed = change(body)
         if changed is None:
             return body

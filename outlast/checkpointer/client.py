@@ -7,6 +7,7 @@ below are all the code that is written twice.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -136,6 +137,8 @@ class StateClient:
         self._channel = self._open(grpc)
         self._stub = api_service_v1.DaprStub(self._channel)
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
+        # Before an embedded sidecar stops, which was started earlier: gRPC would write about it to stderr.
+        atexit.register(_close, weakref.ref(self))
 
     def _open(self, kind: Any) -> Any:
         if self.address.tls:
@@ -398,6 +401,12 @@ class StateClient:
     def close(self) -> None:
         """Close the connection of the sync driver; those of event loops end with their loops."""
         self._channel.close()
+
+
+def _close(reference: weakref.ref[StateClient]) -> None:
+    client = reference()
+    if client is not None:
+        client.close()
 
 
 _REFUSED: Final = (

@@ -37,7 +37,8 @@ class Registry:
     def add(self, name: str) -> Steps[None]:
         """Enter `name`."""
         key = self._shard_of(name)
-        body, _ = yield from cells.read(key, records.REGISTRY)
+        known: tuple[Any, str] | None = yield from cells.read(key, records.REGISTRY)
+        body = known[0] if known else None
         if body is not None and len(body["open"]) >= _PAGE:
             # The sealed page is written before any cell points to it; a lost race leaves it unreachable.
             page = self._names.next()
@@ -49,12 +50,13 @@ class Registry:
                 return {"open": [], "before": page} if now["open"] == sealed else None
 
             yield from cells.update(key, records.REGISTRY, seal)
+            known = None
 
         def enter(now: Any) -> Any:
             now = now or {"open": [], "before": None}
             return None if name in now["open"] else {**now, "open": [*now["open"], name]}
 
-        yield from cells.update(key, records.REGISTRY, enter)
+        yield from cells.update(key, records.REGISTRY, enter, known)
 
     def names(self) -> Steps[list[str]]:
         """Return all names, oldest first within a shard, each once."""

@@ -120,7 +120,7 @@ class Runtime:
                 worker = Worker(self)
                 worker.start()
                 self._worker = worker
-                _before_exit(self.stop)
+                _before_exit(self.close)
             return self._worker
 
     def stop(self, grace: float = 5.0) -> None:
@@ -129,6 +129,15 @@ class Runtime:
             worker, self._worker = self._worker, None
         if worker:
             worker.stop(grace)
+
+    def close(self) -> None:
+        """Stop the worker and close the connections; the runtime cannot be used any more."""
+        self.stop()
+        with self._lock:
+            if self._workflows:
+                self._workflows.close()
+            if self._client:
+                self._client.close()
 
     def agent(self, name: str) -> Agent:
         """Return an agent of this process by name.
