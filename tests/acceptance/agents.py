@@ -15,8 +15,8 @@ from langgraph.types import interrupt
 
 from tests.acceptance.points import effect
 
-NODE_OF = {"inner_first": "inner", "inner_second": "inner", "search": "tools", "price": "tools", "book": "tools"}
-"""Effects that are not named for their node of the root graph."""
+NODE_OF = {"search": "tools", "price": "tools", "book": "tools"}
+"""The node of the effects that are not named for theirs."""
 
 
 class Trip(TypedDict, total=False):

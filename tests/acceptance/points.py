@@ -120,8 +120,6 @@ def instrument() -> None:
         reached(f"{name} after")
         return result
 
-    schedule, advance, wake = Runtime.schedule, Worker.advance, Runtime.wake
-
     def around(what: str, function: Any) -> Any:
         def surrounded(self: Any, *arguments: Any) -> Any:
             name = numbered(what)
@@ -134,9 +132,5 @@ def instrument() -> None:
 
     cls: Any = client.StateClient
     cls._perform, cls._aperform = performed, aperformed
-    for owner, name, function in (
-        (Runtime, "schedule", schedule),
-        (Worker, "advance", advance),
-        (Runtime, "wake", wake),
-    ):
-        setattr(owner, name, around(name, function))
+    for owner, name in ((Runtime, "schedule"), (Worker, "advance"), (Runtime, "wake")):
+        setattr(owner, name, around(name, getattr(owner, name)))
