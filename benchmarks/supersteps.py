@@ -1,7 +1,7 @@
 """What a superstep costs: outlast on both sidecars, next to LangGraph's SqliteSaver and to one Dapr activity a step.
 
 Runs a one-node loop that adds a 0.5 KB message per superstep, all systems in turn and in one process run, several
-rounds, and prints milliseconds and stored bytes per superstep. Ratios count; the figures are one machine's and one day's.
+rounds, and prints milliseconds and stored bytes per superstep. Ratios count; the figures are one machine's, of one day.
 
     make bench            or            python -m benchmarks.supersteps --steps 10 100 1000 --rounds 3
 """
@@ -71,7 +71,7 @@ def _timed(run: Callable[[], Any], steps: int) -> float:
 def _outlast(database: Path, steps: int, thread: str) -> dict[str, Any]:
     from outlast import durable
 
-    agent = durable(_graph(steps), name=f"loop")
+    agent = durable(_graph(steps), name="loop")
     run = f"{thread}-{steps}"
     before = _size(database) if database.exists() else 0
     given = {"messages": [], "count": 0}

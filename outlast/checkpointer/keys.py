@@ -29,9 +29,15 @@ class RecordNames:
     """Names for immutable records that no other writer, process or restart can ever produce again."""
 
     def __init__(self) -> None:
-        self.writer = base64.b32encode(os.urandom(10)).decode("ascii").lower()
+        self._pid = 0
+        self._writer = ""
         self._count = itertools.count()
 
     def next(self) -> str:
         """Return the next unused name, relative to the key of its head."""
-        return f"{self.writer}-{next(self._count)}"
+        pid = os.getpid()
+        if self._pid != pid:
+            # A forked process must not go on with its parent's names.
+            self._writer = base64.b32encode(os.urandom(10)).decode("ascii").lower()
+            self._pid = pid
+        return f"{self._writer}-{next(self._count)}"

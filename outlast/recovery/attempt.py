@@ -76,6 +76,7 @@ class Attempt:
         client: The state store.
         attachment: The caller, if it is in this process.
         publish: Hands a stream chunk to whoever listens.
+        finished: Set when the attempt is over and what came of it is written down.
     """
 
     head: RunHead
@@ -84,6 +85,7 @@ class Attempt:
     client: StateClient
     attachment: Attachment | None
     publish: Publish
+    finished: threading.Event = field(default_factory=threading.Event)
     _drain: threading.Event = field(default_factory=threading.Event)
 
     @property

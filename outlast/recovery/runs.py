@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 from outlast.checkpointer import cells, keys, records
-from outlast.checkpointer.client import Save, Steps, load
+from outlast.checkpointer.client import Delete, Save, Steps, load
 from outlast.checkpointer.head import Head
 from outlast.checkpointer.registry import ACTIVE, RUNS
 from outlast.checkpointer.thread import ThreadLog
@@ -153,11 +153,12 @@ def change(run_id: str, change: Callable[[RunHead], RunHead | None]) -> Steps[Ru
     return RunHead.of((yield from cells.update(keys.run_key(run_id), records.RUN_HEAD, step)))
 
 
-def _store(run_id: str, kind: str, body: Any, limit: int) -> Steps[str]:
-    """Write an immutable record of a run and return its name."""
+def _store(run_id: str, kind: str, body: Any, limit: int) -> Steps[tuple[str, list[str]]]:
+    """Write an immutable record of a run. Returns its name and the keys it is at."""
     name = _NAMES.next()
-    yield Save(list(records.split(f"{keys.run_key(run_id)}-{name}", records.encode(kind, body), limit)))
-    return name
+    pairs = list(records.split(f"{keys.run_key(run_id)}-{name}", records.encode(kind, body), limit))
+    yield Save(pairs)
+    return name, [key for key, _ in pairs]
 
 
 def _fetch(run_id: str, kind: str, name: str) -> Steps[Any]:
@@ -190,7 +191,7 @@ def accept(run_id: str, submitted: RunInput, limit: int, queue: bool = True) -> 
         RunConflictError: If `run_id` is a run of another agent, thread or input.
         ThreadBusyError: If the thread is busy and `queue` is false.
     """
-    name = yield from _store(run_id, records.RUN, asdict(submitted), limit)
+    name, written = yield from _store(run_id, records.RUN, asdict(submitted), limit)
     yield from ACTIVE.put(run_id, 1)
     yield from RUNS.add(run_id)
     new = RunHead(
@@ -202,12 +203,14 @@ def accept(run_id: str, submitted: RunInput, limit: int, queue: bool = True) -> 
         return new if body is None or body["status"] == "rejected" else None
 
     head = RunHead.of((yield from cells.update(keys.run_key(run_id), records.RUN_HEAD, create)))
+    mine = head.input == name
+    if not mine:
+        yield Delete(written)
     if head.fingerprint != submitted.fingerprint:
         raise RunConflictError(
             f"run {run_id!r} was submitted before with another agent, thread or input "
             f"(agent {head.agent!r}, thread {head.thread_id!r}); a run_id names one submission: use another one"
         )
-    mine = head.input == name
     if head.ended:
         yield from ACTIVE.discard(run_id)
         return head, False
@@ -275,7 +278,9 @@ def settle(
     Raises:
         FencedError: If another attempt has taken the run over.
     """
-    name = (yield from _store(head.run_id, records.RESULT, list(result), limit)) if result else head.result
+    name = head.result
+    if result:
+        name, _ = yield from _store(head.run_id, records.RESULT, list(result), limit)
 
     def end(now: RunHead) -> RunHead | None:
         if now.status == status and now.result == name and now.running is None:
@@ -318,7 +323,7 @@ def signal(run_id: str, value: Typed, limit: int, addressed: bool = False) -> St
         RunStateError: If the run does not wait, or has been answered already.
     """
     yield from read(run_id)
-    name = yield from _store(run_id, records.RESULT, list(value), limit)
+    name, _ = yield from _store(run_id, records.RESULT, list(value), limit)
 
     def hand(now: RunHead) -> RunHead | None:
         if name in now.signals:
@@ -333,21 +338,20 @@ def signal(run_id: str, value: Typed, limit: int, addressed: bool = False) -> St
     return (yield from change(run_id, hand))
 
 
-def supersede(run_id: str) -> Steps[bool]:
-    """End a run that waits for an answer, in favour of a new one. Returns whether it was waiting."""
+def supersede(run_id: str) -> Steps[str | None]:
+    """End a run that waits for an answer, in favour of a new one. Returns whose turn it is then, if anybody's."""
     head = yield from change(
         run_id, lambda now: replace(now, status="superseded") if now.status == "waiting" and not now.signals else None
     )
     if head.status != "superseded":
-        return False
-    yield from release(head)
-    return True
+        return None
+    return (yield from release(head))
 
 
 def overtake(head: RunHead) -> Steps[RunHead | None]:
     """Give a run whose worker hangs a new workflow. Returns the new head, or None if somebody else was quicker."""
     generation = int(head.instance.rpartition("~")[2]) if "~" in head.instance else 0
-    instance = f"{head.run_id}~{generation + 1}"
+    instance = f"{instance_id(head.run_id)}~{generation + 1}"
     changed = yield from change(
         head.run_id,
         lambda now: replace(now, instance=instance) if now.running == head.running and not now.ended else None,

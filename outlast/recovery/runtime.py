@@ -209,6 +209,12 @@ class Runtime:
         self.wake(run_id)
         return head
 
+    def supersede(self, run_id: str) -> None:
+        """End a run that waits for an answer, in favour of a new one on its thread."""
+        successor = self.client.run(runs.supersede(run_id))
+        for other in filter(None, (run_id, successor)):
+            self.wake(other)
+
     def run_ids(self) -> list[str]:
         """Return the ids of all runs ever accepted in this store."""
         return self.client.run(RUNS.names())

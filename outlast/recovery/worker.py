@@ -17,7 +17,7 @@ from dapr.ext.workflow.logger import LoggerOptions
 from outlast.checkpointer import keys, records
 from outlast.checkpointer.client import Get, Save, Steps
 from outlast.checkpointer.registry import ACTIVE, WORKERS
-from outlast.checkpointer.thread import Fence
+from outlast.checkpointer.thread import Fence, ThreadLog
 from outlast.errors import FencedError, OutlastError, RunNotFoundError, SidecarUnavailableError, StoreError
 from outlast.recovery import runs
 from outlast.recovery.attempt import Attachment, Attempt, Outcome
@@ -34,6 +34,8 @@ HEARTBEAT_TIMEOUT: Final = "OUTLAST_HEARTBEAT_TIMEOUT"
 CONCURRENCY: Final = "OUTLAST_CONCURRENCY"
 """Environment variable: attempts a worker makes at once. Default 64."""
 
+_ORPHAN: Final = 60.0
+"""Seconds after which a name among the active runs that has no run is taken for a submission cut short."""
 _RETRY: Final = (StoreError, SidecarUnavailableError)
 
 
@@ -65,7 +67,7 @@ class Worker:
         self._ending: set[str] = set()
         self._beat = 0
         self._peers: dict[str, _Peer] = {}
-        self._accepted: dict[str, float] = {}
+        self._active: dict[str, float] = {}
         self._stopping = threading.Event()
         self._abandon = threading.Event()
         self._sdk: WorkflowRuntime | None = None
@@ -147,6 +149,7 @@ class Worker:
                 self._ending.add(delivery["instance"])
             return step
         except RunNotFoundError:
+            logger.warning("run %s is not in the store any more; its workflow ends", run_id)
             return {"then": "end", "status": "unknown"}
         except FencedError as error:
             logger.warning("run %s: %s", run_id, error)
@@ -168,7 +171,12 @@ class Worker:
         agent = self._runtime.agents.get(head.agent)
         if agent is None:
             # Another process has it; a worker that comes with this agent wakes the run.
-            return {"then": "sleep", "seconds": 2.0}
+            return {"then": "sleep"}
+        held = self._attempts.get(run_id)
+        if held is not None:
+            # Delivered again because the sidecar lost the connection, not this worker: the attempt goes on.
+            self._until(held.finished)
+            return {"then": "again"}
         if head.running and head.running.delivery != delivery["id"] and self._alive(head):
             return {"then": "sleep", "seconds": 1.0}
         if head.cancel:
@@ -190,12 +198,28 @@ class Worker:
             attachment=self._runtime.attachment(run_id),
             publish=self._runtime.publisher(head),
         )
+        with self._lock:
+            self._attempts[run_id] = attempt
         try:
             return self._finish(attempt, self._execute(agent.advance, attempt))
         except _RETRY:
             with self._lock:
                 self._unsettled[run_id] = head
             raise
+        finally:
+            with self._lock:
+                self._attempts.pop(run_id, None)
+            attempt.finished.set()
+
+    def _until(self, event: threading.Event) -> None:
+        """Wait for `event`.
+
+        Raises:
+            SidecarUnavailableError: If the worker is stopped meanwhile.
+        """
+        while not event.wait(0.5):
+            if self._abandon.is_set():
+                raise SidecarUnavailableError("the worker was stopped in the middle of an attempt")
 
     def _execute(self, advance: Any, attempt: Attempt) -> Outcome:
         """Run the framework on a thread of its own, so that a stop need not wait for the user's code."""
@@ -212,19 +236,11 @@ class Worker:
             finally:
                 done.set()
 
-        with self._lock:
-            self._attempts[attempt.run_id] = attempt
         if self._stopping.is_set():
             attempt.drain()
         logger.info("run %s: attempt %d, epoch %d", attempt.run_id, attempt.head.attempts, attempt.fence.epoch)
-        try:
-            threading.Thread(target=body, name=f"outlast-{attempt.run_id}", daemon=True).start()
-            while not done.wait(0.5):
-                if self._abandon.is_set():
-                    raise SidecarUnavailableError("the worker was stopped in the middle of an attempt")
-        finally:
-            with self._lock:
-                self._attempts.pop(attempt.run_id, None)
+        threading.Thread(target=body, name=f"outlast-{attempt.run_id}", daemon=True).start()
+        self._until(done)
         if failure:
             error = failure[0]
             if isinstance(error, (FencedError, *_RETRY)):
@@ -303,12 +319,12 @@ class Worker:
         self._check_cancelled()
         self._settle_failed()
         self._overtake_stale()
-        self._schedule_accepted(self._timeout)
+        self._finish_for_dead(self._timeout)
 
     def _announce(self) -> None:
         """On start: wake the runs that waited for an agent this worker has, and schedule those nobody did."""
         self._send_beat()
-        self._schedule_accepted(0.0)
+        self._finish_for_dead(0.0)
 
     def _check_cancelled(self) -> None:
         with self._lock:
@@ -357,21 +373,36 @@ class Worker:
             logger.warning("run %s: worker %s hangs; overtaken by workflow %s", run_id, worker, changed.instance)
             self._runtime.schedule(changed)
 
-    def _schedule_accepted(self, age: float) -> None:
-        """Start the workflows of runs that were accepted by a process which then died."""
+    def _finish_for_dead(self, age: float) -> None:
+        """Do what a process that died left undone: start the workflows of accepted runs, wake those that may go on."""
         active = self._client.run(ACTIVE.items())
         now = time.monotonic()
-        self._accepted = {name: self._accepted.get(name, now) for name in active}
-        due = [name for name, seen in self._accepted.items() if now - seen >= age]
+        self._active = {name: self._active.get(name, now) for name in active}
+        due = [name for name, seen in self._active.items() if now - seen >= age]
         if not due:
             return
-        for head in self._client.run(runs.read_many(due)):
-            if head.ended or (head.status == "accepted" and head.agent in self._runtime.agents):
+        heads = {head.run_id: head for head in self._client.run(runs.read_many(due))}
+        for name in due:
+            head = heads.get(name)
+            if head is None:
+                if now - self._active[name] > _ORPHAN:
+                    self._client.run(ACTIVE.discard(name))
+                continue
+            self._active[name] = now
+            mine = head.agent in self._runtime.agents
+            if head.ended or (head.status == "accepted" and mine):
                 self._runtime.schedule(head)
+            # Somebody died between what should end a wait and the wake-up; or this worker is new and has the agent.
+            missed = head.status == "waiting" and (head.signals or head.cancel)
+            if missed or self._has_turn(head) or (not age and mine and head.status in ("accepted", "running")):
                 self._runtime.wake(head.run_id)
-            else:
-                # It has a workflow: `advance` ran. Nothing to do until it shows up as accepted anew.
-                self._accepted[head.run_id] = now
+
+    def _has_turn(self, head: RunHead) -> bool:
+        """Whether a queued run's thread is free for it by now."""
+        if head.status != "queued":
+            return False
+        thread = self._client.run(ThreadLog(head.thread_id).read())
+        return head.cancel or thread is None or thread.active in ("", head.run_id)
 
 
 def _cancelled(now: RunHead) -> RunHead | None:

@@ -16,6 +16,7 @@ WAKE: Final = "outlast.wake"
 """Name of the event that ends a wait: a signal has come, a thread is free, a worker is there."""
 
 _TURNS: Final = 10
+_FIRST_BACKOFF: Final = 0.05
 _LONGEST_BACKOFF: Final = 30.0
 
 
@@ -57,12 +58,14 @@ def run_workflow(ctx: DaprWorkflowContext, ref: RunRef) -> Generator[Any, Any, s
             failures = 0 if step["then"] != "sleep" else failures + 1
         except Exception:  # the activity failed: the store or the sidecar did, never the user's code
             failures += 1
-            step = {"then": "sleep", "seconds": min(0.5 * 2**failures, _LONGEST_BACKOFF)}
+            step = {"then": "sleep"}
         if step["then"] == "end":
             return step.get("status", "")
         if step["then"] == "again":
             continue
         seconds = step.get("seconds")
+        if step["then"] == "sleep" and seconds is None:
+            seconds = min(_FIRST_BACKOFF * 2 ** min(failures, 20), _LONGEST_BACKOFF)
         try:
             # A wake-up that came early is kept by the workflow, so none is lost between `advance` and the wait.
             yield ctx.wait_for_external_event(WAKE, timeout=timedelta(seconds=seconds) if seconds else None)

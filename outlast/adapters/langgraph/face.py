@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import queue
 import threading
@@ -265,8 +266,11 @@ class DurableGraph(Runnable[Any, Any]):
         if_busy: IfBusy | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> RunHandle[Any]:
-        options = {key: value for key, value in options.items() if key in payload.RUN_OPTIONS and value is not None}
+        options = payload.run_options(options)
         config = merge_configs(self._graph.config, _inherited(), config)
+        # What LangGraph itself hands down to nodes is of no use to a run of its own.
+        own = {key: value for key, value in config.get("configurable", {}).items() if not key.startswith("__")}
+        config["configurable"] = own
         run_id = run_id or payload.run_id_of(config)
         thread_id = str(config.get("configurable", {}).get("thread_id") or run_id)
         attachment = Attachment(loop=loop, extras={"config": config, "options": options}, chunks=chunks)
@@ -281,7 +285,7 @@ class DurableGraph(Runnable[Any, Any]):
             waiting = self._waiting_run(thread_id)
             if waiting is not None and waiting != run_id:
                 # As in LangGraph, new input on an interrupted thread gives up what was asked there.
-                self._runtime.client.run(runs.supersede(waiting))
+                self._runtime.supersede(waiting)
         submitted = RunInput(
             agent=self.name,
             thread_id=thread_id,
@@ -333,7 +337,11 @@ class DurableGraph(Runnable[Any, Any]):
         loop = attempt.attachment.loop if attempt.attachment else None
         if loop is None or not loop.is_running():
             loop = _background_loop()
-        return asyncio.run_coroutine_threadsafe(self._arun(drive, drive.steps()), loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(self._arun(drive, drive.steps()), loop).result()
+        except (concurrent.futures.CancelledError, asyncio.CancelledError):
+            # The caller's loop ended in the middle; the next attempt goes on without it.
+            return Outcome("yielded")
 
     def _config(self, attempt: Attempt, submitted: dict[str, Any]) -> RunnableConfig:
         config = {**submitted["config"]}

@@ -22,6 +22,21 @@ RUN_OPTIONS: Final = frozenset(
 """Arguments of `invoke` that an attempt passes on to LangGraph. `durability` and `control` are the controller's."""
 
 
+_CONTROLLERS: Final = frozenset({"durability", "control", "checkpoint_during", "subgraphs"})
+
+
+def run_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a caller's arguments that are passed on to LangGraph.
+
+    Raises:
+        TypeError: If there is one that LangGraph has not.
+    """
+    unknown = given.keys() - RUN_OPTIONS - _CONTROLLERS
+    if unknown:
+        raise TypeError(f"unexpected argument {sorted(unknown)[0]!r}; a run takes {', '.join(sorted(RUN_OPTIONS))}")
+    return {key: value for key, value in given.items() if key in RUN_OPTIONS and value is not None}
+
+
 def dumps(serde: SerializerProtocol, what: str, value: Any) -> Typed:
     """Serialise a part of a submission.
 
