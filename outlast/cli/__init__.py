@@ -1,0 +1,64 @@
+"""The command line: `outlast demo`, `worker`, `sidecar`, `runs` and `show`.
+
+Data goes to stdout, everything else to stderr. Exit status: 0 all right, 1 an error (with a message that names the
+mend), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from outlast.cli._console import complain, print_line
+from outlast.cli.demo import command as demo
+from outlast.cli.runs import command as list_runs
+from outlast.cli.show import command as show
+from outlast.cli.sidecar import command as sidecar
+from outlast.cli.worker import command as worker
+from outlast.embedded import EmbeddedStoreError
+from outlast.errors import OutlastError
+
+app = typer.Typer(
+    name="outlast",
+    help="Durable LangGraph and OpenAI Agents runs on Dapr: kill the process, the run goes on by itself.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo)
+app.command("worker")(worker)
+app.command("sidecar")(sidecar)
+app.command("runs")(list_runs)
+app.command("show")(show)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        version = metadata.version("outlast")
+    except metadata.PackageNotFoundError:
+        version = "(not installed: runs from its source folder)"
+    print_line(f"outlast {version}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        app()
+    except (OutlastError, EmbeddedStoreError) as error:
+        complain(str(error))
+        sys.exit(1)
