@@ -222,3 +222,49 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
             state = runtime.workflows.wait_for_workflow_completion(head.instance, timeout_in_seconds=int(PATIENCE))
             return {"workflow": state.runtime_status.name if state else None}
     raise ValueError(order["do"])
+
+
+# --- submissions
+
+
+def submit_together(folder: str, prefix: str, me: int, rounds: int) -> None:
+    """Submit one run id after another, each at the same instant as another process does."""
+    points.use(folder)
+    agent = _make("line-ab")
+    runtime = default_runtime()
+    assert runtime.start_worker()
+    for number in range(rounds):
+        run_id = f"{prefix}-{number}"
+        # The barrier: both say that they are there, and both look at the same clock for the next instant.
+        _append_line(folder, "barrier", f"{number} {time.monotonic()}")
+        arrived = _both(folder, number)
+        while time.monotonic() < arrived + 0.005:
+            pass
+        handle = agent.start({"log": [run_id]}, _config(run_id), run_id=run_id)
+        assert handle.result(PATIENCE)["log"] == [run_id, "a", "b"]
+    say(done=me)
+    _wait_for_go(folder)
+    runtime.stop()
+
+
+def _both(folder: str, number: int) -> float:
+    while True:
+        times = [line.split()[1] for line in _lines(folder, "barrier") if line.split()[0] == str(number)]
+        if len(times) == 2:
+            return max(map(float, times))
+
+
+def _lines(folder: str, name: str) -> list[str]:
+    path = Path(folder, name)
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def _append_line(folder: str, name: str, line: str) -> None:
+    out = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(out, line.encode() + b"\n")
+    os.close(out)
+
+
+def _wait_for_go(folder: str) -> None:
+    while not Path(folder, "go").exists():
+        time.sleep(0.005)

@@ -97,6 +97,10 @@ class Scenario:
         path = self.folder / f"answer-{number}"
         return json.loads(self.until(lambda: path.read_text() if path.exists() else None, f"order {number}"))
 
+    def go(self) -> None:
+        """Let processes go on that are held."""
+        (self.folder / "go").touch()
+
     def ask(self, do: str, agent: str, **arguments: Any) -> Any:
         """Give an order and wait for what comes of it."""
         return self.answer(self.order(do, agent, **arguments))
