@@ -32,7 +32,7 @@ CREATE TABLE instances (
   hold INTEGER NOT NULL DEFAULT 0,
   generation INTEGER NOT NULL DEFAULT 0,
   events INTEGER NOT NULL DEFAULT 0,
-  start BLOB NOT NULL, completed BLOB, custom_status TEXT, patches TEXT,
+  start BLOB NOT NULL, incoming BLOB, completed BLOB, custom_status TEXT, patches TEXT,
   created INTEGER NOT NULL, started INTEGER, updated INTEGER NOT NULL,
   ready INTEGER NOT NULL DEFAULT 0, owner TEXT, token TEXT,
   UNIQUE (app, id));

@@ -22,9 +22,9 @@ from outlast.embedded.workflows import Changes, Task, Turn
 
 logger = logging.getLogger("outlast.embedded")
 
-# While others share the file, take work in small bites so that they get their part.
-_BITE = 16
-_BITE_PAUSE = 0.002
+# While others share the file, take work in small bites, with a pause in which they get their part.
+_BITE = 8
+_BITE_PAUSE = 0.003
 _TICK_SECONDS = 1.0
 _REAP_SECONDS = 30.0
 
@@ -83,8 +83,13 @@ class Dispatcher:
         self._presence.ping()
         self._presence.close()
 
-    def transact(self, work: Callable[[sqlite3.Connection, Changes], T], *, durable: bool = True) -> T:
+    def transact(
+        self, work: Callable[[sqlite3.Connection, Changes], T], *, durable: bool = True, bite: bool = False
+    ) -> T:
         """Run `work` in a transaction, claim what the local workers can take in the same one, and hand it out.
+
+        Args:
+            bite: Take a bite more even if the workers here are busy and others may want the work too.
 
         Raises:
             Refused: `work` refused the request.
@@ -98,7 +103,7 @@ class Dispatcher:
             nonlocal left
             result = work(connection, changes)
             if changes.work:
-                claimed.extend(self._claim(connection))
+                claimed.extend(self._claim(connection, bite=bite))
                 left = leases.has_free_work(connection, self._app)
             return result
 
@@ -125,10 +130,12 @@ class Dispatcher:
             self._next_timer = fire_at
             return True
 
-    def _claim(self, connection: sqlite3.Connection) -> list[Turn | Task]:
+    def _claim(self, connection: sqlite3.Connection, *, bite: bool) -> list[Turn | Task]:
         free_turns, free_tasks = self._streams.room()
         if self._presence.has_peers:
-            free_turns, free_tasks = min(free_turns, _BITE), min(free_tasks, _BITE)
+            turns_held, tasks_held = self._streams.held() if not bite else (0, 0)
+            free_turns = min(free_turns, max(0, _BITE - turns_held))
+            free_tasks = min(free_tasks, max(0, _BITE - tasks_held))
         if (not free_turns and not free_tasks) or self._stopped.is_set():
             return []
         owner = self._presence.id
@@ -156,6 +163,8 @@ class Dispatcher:
 
     def _turn_request(self, stream: WorkerStream, turn: Turn) -> pb.WorkflowRequest:
         request = pb.WorkflowRequest(instanceId=turn.instance_id, newEvents=turn.new_events)
+        if turn.incoming is not None:
+            request.propagatedHistory.ParseFromString(turn.incoming)
         first = 0
         known = stream.cached.get(turn.instance_id)
         if stream.keeps_history:
@@ -264,6 +273,7 @@ class Dispatcher:
 
     def _run(self) -> None:
         next_reap = 0.0
+        failures = 0
         while not self._stopped.is_set():
             try:
                 more = self._round()
@@ -273,9 +283,13 @@ class Dispatcher:
             except Exception:
                 if self._stopped.is_set():
                     return
-                logger.exception("the dispatcher could not use the database; trying again")
+                if not failures:
+                    logger.exception("the dispatcher could not use the database; it goes on trying")
                 more = False
-                time.sleep(0.2)
+                self._stopped.wait(min(2.0, 0.1 * 2**failures))
+                failures = min(failures + 1, 10)
+            else:
+                failures = 0
             if more:
                 time.sleep(_BITE_PAUSE)
                 continue
@@ -341,7 +355,7 @@ class Dispatcher:
                 changes.work = True
                 return _next_timer(connection)
 
-            following = self.transact(work, durable=due)
+            following = self.transact(work, durable=due, bite=True)
         finally:
             self._expect_timer(following)
         # What this round could not take is looked at again at once if the workers have room.

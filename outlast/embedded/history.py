@@ -83,11 +83,21 @@ class Timer(NamedTuple):
 
 
 class Message(NamedTuple):
-    """An event for another instance; an ExecutionStarted creates it."""
+    """An event for another instance; an ExecutionStarted creates it and may show it the sender's history."""
 
     app: str
     instance_id: str
     event: pb.HistoryEvent
+    scope: pb.HistoryPropagationScope.ValueType = pb.HISTORY_PROPAGATION_SCOPE_NONE
+    produced: int = 0  # how many events of the turn come with that history
+
+
+class ScheduledTask(NamedTuple):
+    """An activity to run; `scope` and `produced` as in `Message`."""
+
+    event: pb.HistoryEvent
+    scope: pb.HistoryPropagationScope.ValueType
+    produced: int
 
 
 @dataclass
@@ -95,7 +105,7 @@ class Turn:
     """Everything one orchestrator response asks for."""
 
     events: list[pb.HistoryEvent] = field(default_factory=list)
-    tasks: list[pb.HistoryEvent] = field(default_factory=list)
+    tasks: list[ScheduledTask] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     children: list[Message] = field(default_factory=list)
@@ -141,7 +151,7 @@ def plan(app: str, instance_id: str, start: pb.ExecutionStartedEvent, actions: l
             )
             event = new_event(action.id, taskScheduled=task, router=router)
             turn.events.append(event)
-            turn.tasks.append(event)
+            turn.tasks.append(ScheduledTask(event, body.historyPropagationScope, len(turn.events)))
         elif kind == "createTimer":
             created = pb.TimerCreatedEvent(fireAt=body.fireAt)
             if body.HasField("name"):
@@ -183,8 +193,9 @@ def plan(app: str, instance_id: str, start: pb.ExecutionStartedEvent, actions: l
                 trace=optional(start, "parentTraceContext"),
                 router=router,
             )
-            turn.children.append(Message(target, child, event))
-            turn.messages.append(Message(target, child, event))
+            message = Message(target, child, event, body.historyPropagationScope, len(turn.events))
+            turn.children.append(message)
+            turn.messages.append(message)
         elif kind == "createDetachedWorkflow":
             if not body.instanceId:
                 raise ValueError("a detached workflow needs an instance id")

@@ -16,11 +16,11 @@ def claim_turns(connection: sqlite3.Connection, app: str, owner: str, limit: int
     """Take up to `limit` orchestrator turns that nobody holds."""
     turns = []
     rows = connection.execute(
-        "SELECT iid, id, generation, events FROM instances"
+        "SELECT iid, id, generation, events, incoming FROM instances"
         " WHERE app = ? AND ready = 1 AND owner IS NULL ORDER BY iid LIMIT ?",
         (app, limit),
     ).fetchall()
-    for iid, instance_id, generation, events in rows:
+    for iid, instance_id, generation, events, incoming in rows:
         inbox = connection.execute("SELECT seq, event FROM inbox WHERE iid = ? ORDER BY rank, seq", (iid,)).fetchall()
         if not inbox:
             connection.execute("UPDATE instances SET ready = 0 WHERE iid = ?", (iid,))
@@ -30,7 +30,7 @@ def claim_turns(connection: sqlite3.Connection, app: str, owner: str, limit: int
         new_events = [history.new_event(workflowStarted=pb.WorkflowStartedEvent())]
         new_events += [pb.HistoryEvent.FromString(data) for _, data in inbox]
         numbers = [seq for seq, _ in inbox]
-        turns.append(Turn(token, iid, app, instance_id, generation, events, new_events, numbers))
+        turns.append(Turn(token, iid, app, instance_id, generation, events, new_events, numbers, incoming))
     return turns
 
 

@@ -85,6 +85,11 @@ class Streams:
                 sum(max(0, MAX_TASKS - len(stream.tasks)) for stream in self._streams),
             )
 
+    def held(self) -> tuple[int, int]:
+        """How many turns and activities the workers have."""
+        with self._mutex:
+            return sum(len(stream.turns) for stream in self._streams), sum(len(s.tasks) for s in self._streams)
+
     def assign(self, item: Turn | Task) -> WorkerStream | None:
         """Choose the worker for an item, in turn, preferring one with room; None if no worker is connected."""
         with self._mutex:

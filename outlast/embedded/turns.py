@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import dapr.ext.workflow._durabletask.internal.protos as pb
 
-from outlast.embedded import history, workflows
+from outlast.embedded import history, propagation, workflows
 from outlast.embedded.errors import Refused
 from outlast.embedded.history import Message
 from outlast.embedded.workflows import Changes, Turn
@@ -53,7 +53,8 @@ def apply_turn(connection: sqlite3.Connection, turn: Turn, response: pb.Workflow
     status = _status_after(row[1], new_events, result)
     if result.completed is None:
         for task in result.tasks:
-            _schedule(connection, turn, task)
+            shown = propagation.assemble(connection, turn, task.scope, start.name, result.events[: task.produced])
+            _schedule(connection, turn, task.event, shown)
         _drop_moot_timers(connection, turn)
         for timer in result.timers:
             connection.execute(
@@ -82,7 +83,8 @@ def apply_turn(connection: sqlite3.Connection, turn: Turn, response: pb.Workflow
     for child in result.children:
         connection.execute("INSERT OR IGNORE INTO children VALUES (?, ?, ?)", (turn.iid, child.app, child.instance_id))
     for message in result.messages:
-        _send(connection, turn, message, changes)
+        shown = propagation.assemble(connection, turn, message.scope, start.name, result.events[: message.produced])
+        _send(connection, turn, message, changes, shown)
     if result.completed is not None:
         _terminate_children(connection, turn, changes)
     return True
@@ -112,7 +114,9 @@ def _drop_moot_timers(connection: sqlite3.Connection, turn: Turn) -> None:
             )
 
 
-def _schedule(connection: sqlite3.Connection, turn: Turn, event: pb.HistoryEvent) -> None:
+def _schedule(
+    connection: sqlite3.Connection, turn: Turn, event: pb.HistoryEvent, shown: pb.PropagatedHistory | None
+) -> None:
     task = event.taskScheduled
     request = pb.ActivityRequest(
         name=task.name,
@@ -122,6 +126,7 @@ def _schedule(connection: sqlite3.Connection, turn: Turn, event: pb.HistoryEvent
         taskId=event.eventId,
         taskExecutionId=task.taskExecutionId,
         parentTraceContext=history.optional(task, "parentTraceContext"),
+        propagatedHistory=shown,
     )
     connection.execute(
         "INSERT INTO tasks (app, iid, generation, request) VALUES (?, ?, ?, ?)",
@@ -136,6 +141,7 @@ def _continue_as_new(
     custom_status: str | None,
     changes: Changes,
 ) -> None:
+    incoming = propagation.forward(connection, turn, events[0].executionStarted.name)
     connection.execute("DELETE FROM history WHERE iid = ?", (turn.iid,))
     connection.execute("DELETE FROM timers WHERE iid = ?", (turn.iid,))
     connection.execute("DELETE FROM children WHERE iid = ?", (turn.iid,))
@@ -149,9 +155,19 @@ def _continue_as_new(
     now = time.time_ns()
     connection.execute(
         "UPDATE instances SET status = ?, hold = 0, generation = generation + 1, events = 0, start = ?,"
+        " incoming = ?,"
         " custom_status = ?, patches = NULL, created = ?, started = ?, updated = ?, ready = 1, owner = NULL,"
         " token = NULL WHERE iid = ?",
-        (pb.ORCHESTRATION_STATUS_RUNNING, events[0].SerializeToString(), custom_status, now, now, now, turn.iid),
+        (
+            pb.ORCHESTRATION_STATUS_RUNNING,
+            events[0].SerializeToString(),
+            incoming,
+            custom_status,
+            now,
+            now,
+            now,
+            turn.iid,
+        ),
     )
     changes.work = True
 
@@ -179,11 +195,13 @@ def _stall(connection: sqlite3.Connection, turn: Turn, reason: pb.StalledReason.
     )
 
 
-def _send(connection: sqlite3.Connection, turn: Turn, message: Message, changes: Changes) -> None:
+def _send(
+    connection: sqlite3.Connection, turn: Turn, message: Message, changes: Changes, shown: pb.PropagatedHistory | None
+) -> None:
     event = message.event
     if event.HasField("executionStarted"):
         try:
-            workflows.create(connection, message.app, event, changes)
+            workflows.create(connection, message.app, event, changes, shown)
         except Refused as refused:
             if event.executionStarted.HasField("parentInstance"):
                 task_id = event.executionStarted.parentInstance.taskScheduledId

@@ -36,7 +36,7 @@ class Changes:
 
 
 class Turn(NamedTuple):
-    """A claimed orchestrator turn; `inbox` holds the row numbers it consumes."""
+    """A claimed orchestrator turn; `inbox` holds the row numbers it consumes, `incoming` the history shown to it."""
 
     token: str
     iid: int
@@ -46,6 +46,7 @@ class Turn(NamedTuple):
     events: int
     new_events: list[pb.HistoryEvent]
     inbox: list[int]
+    incoming: bytes | None
 
 
 class Task(NamedTuple):
@@ -56,7 +57,13 @@ class Task(NamedTuple):
     request: bytes
 
 
-def create(connection: sqlite3.Connection, app: str, event: pb.HistoryEvent, changes: Changes) -> None:
+def create(
+    connection: sqlite3.Connection,
+    app: str,
+    event: pb.HistoryEvent,
+    changes: Changes,
+    incoming: pb.PropagatedHistory | None = None,
+) -> None:
     """Create the instance that an ExecutionStarted event names, in place of a completed one of that id.
 
     Raises:
@@ -79,8 +86,8 @@ def create(connection: sqlite3.Connection, app: str, event: pb.HistoryEvent, cha
     start_at = history.nanoseconds(start.scheduledStartTimestamp) if start.HasField("scheduledStartTimestamp") else 0
     held = start_at > now
     iid = connection.execute(
-        "INSERT INTO instances (app, id, name, status, hold, start, created, updated, ready)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO instances (app, id, name, status, hold, start, incoming, created, updated, ready)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             app,
             instance_id,
@@ -88,6 +95,7 @@ def create(connection: sqlite3.Connection, app: str, event: pb.HistoryEvent, cha
             pb.ORCHESTRATION_STATUS_PENDING,
             HOLD_START if held else HOLD_NONE,
             event.SerializeToString(),
+            incoming.SerializeToString() if incoming is not None else None,
             now,
             now,
             not held,

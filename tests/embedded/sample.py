@@ -11,6 +11,7 @@ from typing import Any
 
 from dapr.ext.workflow import (
     DaprWorkflowContext,
+    PropagationScope,
     RetryPolicy,
     WorkflowActivityContext,
     WorkflowRuntime,
@@ -161,6 +162,20 @@ def fire_and_forget(ctx: DaprWorkflowContext, value: Any) -> Steps:
     return value
 
 
+def seen_names(ctx: WorkflowActivityContext, _: Any) -> list[str]:
+    shown = ctx.get_propagated_history()
+    return [] if shown is None else [workflow.name for workflow in shown.get_workflows()]
+
+
+def shows_its_history(ctx: DaprWorkflowContext, depth: int) -> Steps:
+    """What an activity at the end of a chain of children is shown, by workflow name."""
+    yield ctx.call_activity("echo", input=depth)
+    if depth:
+        lineage = PropagationScope.LINEAGE
+        return (yield ctx.call_child_workflow("shows_its_history", input=depth - 1, propagation=lineage))
+    return (yield ctx.call_activity("seen_names", propagation=PropagationScope.LINEAGE))
+
+
 WORKFLOWS: list[Callable[..., Any]] = [
     chain,
     chain_async,
@@ -181,8 +196,9 @@ WORKFLOWS: list[Callable[..., Any]] = [
     status_setter,
     immediate,
     fire_and_forget,
+    shows_its_history,
 ]
-ACTIVITIES: list[Callable[..., Any]] = [echo, echo_async, fail, wait_for_gate, slow]
+ACTIVITIES: list[Callable[..., Any]] = [echo, echo_async, fail, wait_for_gate, slow, seen_names]
 
 
 def register(runtime: WorkflowRuntime) -> None:

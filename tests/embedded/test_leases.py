@@ -167,7 +167,7 @@ def test_nothing_is_half_written_when_the_disk_is_full(sidecar: EmbeddedSidecar,
     worker.start("wf")
     turn = worker.next()
     limit_pages(sidecar, 0)
-    big = string("x" * 2_000_000)
+    big = string("x" * 900_000)
     many = [
         pb.WorkflowAction(id=number, scheduleTask=pb.ScheduleTaskAction(name="act", input=big)) for number in range(3)
     ]
@@ -239,3 +239,19 @@ def test_a_detached_workflow_has_no_parent(worker: RawWorker) -> None:
     worker.finish_turn(worker.next(), pb.WorkflowAction(id=0, createDetachedWorkflow=detached), complete(1))
     start = worker.next().workflowRequest.newEvents[1].executionStarted
     assert (start.name, start.input.value, start.HasField("parentInstance")) == ("free", "7", False)
+
+
+def test_an_event_ends_the_timer_of_its_wait(sidecar: EmbeddedSidecar, worker: RawWorker) -> None:
+    def wait_for_event(number: int, milliseconds: int) -> pb.WorkflowAction:
+        timer = pb.CreateTimerAction(externalEvent=pb.TimerOriginExternalEvent(name="Word"))
+        timer.fireAt.FromMilliseconds(milliseconds)
+        return pb.WorkflowAction(id=number, createTimer=timer)
+
+    soon = int(time.time() * 1000) + 1000
+    worker.start("wf")
+    worker.finish_turn(worker.next(), wait_for_event(0, 253402300799_000), wait_for_event(1, soon))
+    for _ in range(2):  # the first event ends the wait without end, the second the one with a deadline
+        worker.stub.RaiseEvent(pb.RaiseEventRequest(instanceId="wf", name="word"))
+        worker.finish_turn(worker.next())
+    assert worker.nothing(1.5)
+    assert worker.history("wf").count("timerFired") == 0

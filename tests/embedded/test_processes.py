@@ -137,7 +137,7 @@ def test_the_timers_of_a_dead_process_fire_in_a_live_one(machine: Machine) -> No
 def test_no_activity_runs_twice_while_all_live(machine: Machine) -> None:
     pids = {str(machine.worker().pid) for _ in range(3)}
     for number in range(6):
-        machine.start("fan", {"count": 20, "seconds": 0.02}, f"wf{number}")
+        machine.start("fan", {"count": 20, "seconds": 0.05}, f"wf{number}")
     for number in range(6):
         machine.finish(f"wf{number}")
     started = [line[2] for line in machine.lines() if line[0] == "start"]

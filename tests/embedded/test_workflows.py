@@ -58,6 +58,7 @@ def until(client: DaprWorkflowClient, instance_id: str, status: WorkflowStatus) 
         ("immediate", {"deep": [1, None, "ü"]}, {"deep": [1, None, "ü"]}),
         ("generations", 10, "the last one"),
         ("fire_and_forget", "x", "x"),
+        ("shows_its_history", 2, ["shows_its_history"] * 3),
     ],
 )
 def test_results(workflows: DaprWorkflowClient, name: str, argument: Any, expected: Any) -> None:
