@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -65,6 +67,9 @@ CREATE TABLE children (
 T = TypeVar("T")
 
 
+_open: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
 class _Request(Generic[T]):
     """One caller's piece of a group commit."""
 
@@ -95,6 +100,7 @@ class Database:
         self._closed = False
         self._synchronous = ""
         self._readers: list[sqlite3.Connection] = []
+        _open.add(self)
         _prepare_file(path)
         try:
             self._writer = self._connect()
@@ -272,3 +278,13 @@ def _prepare_file(path: Path) -> None:
         raise EmbeddedStoreError(
             f"cannot create or write {path}: {error.strerror}. Choose a writable path with OUTLAST_EMBEDDED_PATH."
         ) from error
+
+
+def _keep_in_child() -> None:
+    """A forked child must never close its parent's connections, not even at its end: SQLite would act on the file."""
+    for database in list(_open):
+        for connection in (*database._readers, getattr(database, "_writer", None)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+os.register_at_fork(after_in_child=_keep_in_child)

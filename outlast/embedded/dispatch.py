@@ -258,7 +258,7 @@ class Dispatcher:
         self.waiters.look()
         if len(self._streams):
             with self._database.read() as connection:
-                work = leases.has_free_work(connection, self._app)
+                work = self._could_take_more(connection)
             if work:
                 self._wake.set()
         if self._presence.unmet():
@@ -341,7 +341,7 @@ class Dispatcher:
             with self._database.read() as connection:
                 following = _next_timer(connection)
                 due = following is not None and following <= time.time_ns()
-                if not (returned or dead or new_stream or due or leases.has_free_work(connection, self._app)):
+                if not (returned or dead or new_stream or due or self._could_take_more(connection)):
                     return False
 
             def work(connection: sqlite3.Connection, changes: Changes) -> int | None:
@@ -358,10 +358,12 @@ class Dispatcher:
             following = self.transact(work, durable=due, bite=True)
         finally:
             self._expect_timer(following)
-        # What this round could not take is looked at again at once if the workers have room.
-        free_turns, free_tasks = self._streams.room()
         with self._database.read() as connection:
-            return leases.has_free_work(connection, self._app, turns=free_turns > 0, tasks=free_tasks > 0)
+            return self._could_take_more(connection)
+
+    def _could_take_more(self, connection: sqlite3.Connection) -> bool:
+        free_turns, free_tasks = self._streams.room()
+        return leases.has_free_work(connection, self._app, turns=free_turns > 0, tasks=free_tasks > 0)
 
     def _reap(self) -> None:
         with self._database.read() as connection:

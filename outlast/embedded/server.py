@@ -90,12 +90,12 @@ class EmbeddedSidecar:
         path: The database file; `default_path()` if None. Created with its folder, readable by its owner alone.
         app_id: Dapr's app id: state and work of different app ids never meet.
         stores: The names of the state stores to offer.
-        host: A loopback address.
+        host: An IPv4 loopback address.
         grpc_port: 0 takes a free one.
         http_port: 0 takes a free one.
 
     Raises:
-        ValueError: The host is not a loopback address.
+        ValueError: The host is not an IPv4 loopback address.
     """
 
     def __init__(
@@ -109,7 +109,8 @@ class EmbeddedSidecar:
         http_port: int = 0,
     ) -> None:
         _require_loopback(host)
-        self.path = Path(path).absolute() if path is not None else default_path()
+        # Resolved, for the lock folder beside it must be the same for all who reach the file by different links.
+        self.path = Path(os.path.realpath(path if path is not None else default_path()))
         self.app_id = app_id
         self.stores = tuple(stores)
         self.host = host
@@ -248,14 +249,10 @@ def ensure_started(
     return sidecar
 
 
-_inherited: list[EmbeddedSidecar] = []
-
-
 def _forget_in_child() -> None:
-    """A forked child must neither use nor close its parent's connections: it keeps them, untouched, to its end."""
+    """A forked child has none of its parent's threads, and must start a sidecar of its own."""
     global _started_mutex
     _started_mutex = threading.Lock()
-    _inherited.extend(_started.values())
     _started.clear()
 
 
@@ -266,11 +263,11 @@ def _require_loopback(host: str) -> None:
     if host == "localhost":
         return
     try:
-        loopback = ipaddress.ip_address(host).is_loopback
+        loopback = ipaddress.IPv4Address(host).is_loopback
     except ValueError:
         loopback = False
     if not loopback:
         raise ValueError(
-            f"the embedded sidecar has no authentication and binds loopback addresses only, not {host!r}; "
+            f"the embedded sidecar has no authentication and binds IPv4 loopback addresses only, not {host!r}; "
             "run a real daprd to serve other machines"
         )

@@ -80,6 +80,14 @@ def test_one_per_file_in_a_process(tmp_path: Path) -> None:
         ensure_started(tmp_path / "other.db").stop()
 
 
+def test_links_to_a_file_are_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "outlast.db")
+    with EmbeddedSidecar(tmp_path / "outlast.db") as one, EmbeddedSidecar(tmp_path / "link.db") as two:
+        save(one, "k", b"v")
+        assert get(two, "k") == b"v"
+        wait_for(lambda: one._dispatcher._presence.has_peers and two._dispatcher._presence.has_peers, 1)
+
+
 def test_app_ids_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "outlast.db"
     with EmbeddedSidecar(path, app_id="a") as a, EmbeddedSidecar(path, app_id="b") as b:
@@ -145,7 +153,7 @@ def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
         EmbeddedSidecar(tmp_path).start()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "example.com", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "example.com", "::1", ""])
 def test_only_loopback(host: str) -> None:
     with pytest.raises(ValueError, match="loopback"):
         EmbeddedSidecar(host=host)
