@@ -72,14 +72,19 @@ def _claims(name: str, point: str) -> bool:
     return True
 
 
-def instrument() -> None:
-    """Make points of this process's writes to the store, of scheduling workflows, and of `advance`."""
-    from outlast.checkpointer import client
+def instrument(run_id: str, thread_id: str) -> None:
+    """Make points of this process's writes to the store, of scheduling workflows, and of `advance`.
+
+    Writes are named for their kind and the first letter of their key; those for another run or thread are no points.
+    """
+    from outlast.checkpointer import client, keys
     from outlast.recovery.runtime import Runtime
     from outlast.recovery.worker import Worker
 
     lock = threading.Lock()
     seen: Counter[str] = Counter()
+
+    own = (keys.run_key(run_id), keys.thread_key(thread_id))
 
     def numbered(what: str) -> str:
         with lock:
@@ -98,6 +103,8 @@ def instrument() -> None:
                 key = operation.keys[0]
             case _:
                 return None
+        if key[:2] in ("r-", "t-") and not key.startswith(own):
+            return None
         return numbered(f"{type(operation).__name__} {key[:1]}")
 
     perform, aperform = client.StateClient._perform, client.StateClient._aperform

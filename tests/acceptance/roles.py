@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from langgraph.types import Command
+from langgraph.types import Command, Interrupt
 
 from outlast import RunNotFoundError, durable
 from outlast.checkpointer import DaprSaver
@@ -47,6 +47,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "content"):
         return [value.type, value.content, getattr(value, "tool_call_id", None)]
+    if isinstance(value, Interrupt):
+        return ["interrupt", _plain(value.value)]
     return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
 
@@ -91,7 +93,7 @@ def _report(folder: str, agent: Any, thread: str, run_id: str, out: Any) -> None
 def submit_trip(folder: str, thread: str, run_id: str, is_async: bool = False) -> None:
     """Submit the reference agent, answer its question, report."""
     points.use(folder)
-    points.instrument()
+    points.instrument(run_id, thread)
     agent = durable(agents.trip(is_async), name="trip")
     config = {**_config(thread), "run_id": run_id}
     answer: Any = Command(resume="yes")
@@ -202,7 +204,11 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
     match order["do"]:
         case "start":
             options = {"if_busy": order["if_busy"]} if "if_busy" in order else {}
-            handle = agent.start(order["input"], _config(order["thread"]), run_id=order["run_id"], **options)
+            arguments = (order["input"], _config(order["thread"]))
+            if order.get("is_async"):
+                handle = asyncio.run(agent.astart(*arguments, run_id=order["run_id"], **options))
+            else:
+                handle = agent.start(*arguments, run_id=order["run_id"], **options)
             return {"status": handle.status()}
         case "result":
             return {"out": _plain(agent.get_run(order["run_id"]).result(PATIENCE))}

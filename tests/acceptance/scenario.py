@@ -132,6 +132,9 @@ class Stage:
         playing = Scenario(self.zygote, replicas or [own, own], folder)
         try:
             yield playing
+        except BaseException as error:
+            error.add_note(f"{playing.trace[-8:]}\n{playing.logs()}")
+            raise
         finally:
             playing.close()
             self.apps.put(replicas)
