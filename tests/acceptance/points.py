@@ -45,6 +45,7 @@ def effect(name: str) -> None:
     """Do what a node is there for: something that the world can count."""
     reached(f"node {name} before")
     _append("effects", name)
+    note(f"by {name} {os.getpid()}")
     reached(f"node {name} after")
 
 

@@ -159,8 +159,17 @@ def serve(folder: str, agent_names: list[str], is_async: bool = False) -> None:
     points.note(f"serving {os.getpid()}")
     say(serving=os.getpid())
     ended.wait()
-    default_runtime().stop()
+    say(draining=os.getpid())
+    default_runtime().stop(PATIENCE)
     say(stopped=os.getpid())
+
+
+def only_durable(folder: str, agent_names: list[str]) -> None:
+    """A program that makes agents durable and then does something else."""
+    points.use(folder)
+    for name in agent_names:
+        _make(name)
+    threading.Event().wait()
 
 
 def _make(name: str, is_async: bool = False) -> Any:
@@ -222,6 +231,10 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
             return {}
         case "history":
             return {"history": _history(agent, order["thread"])}
+        case "events":
+            runtime = default_runtime()
+            head = runtime.client.run(runs.read(order["run_id"]))
+            return {"events": len(runtime.workflows.get_workflow_history(head.instance))}
         case "workflow":
             runtime = default_runtime()
             head = runtime.client.run(runs.read(order["run_id"]))

@@ -66,7 +66,7 @@ def _killed_at(point: str, expected: Any, is_async: bool, scenario: Scenario) ->
 @pytest.mark.parametrize("is_async", [False, True], ids=["invoke", "ainvoke"])
 def test_a_run_survives_a_kill_at_every_boundary(stage: Stage, is_async: bool) -> None:
     expected, trace = _undisturbed(stage, is_async)
-    points = list(dict.fromkeys(trace))
+    points = [point for point in dict.fromkeys(trace) if point.endswith((" before", " after"))]
     assert len(points) > 80, points
     stories = {point.replace(" ", "-"): functools.partial(_killed_at, point, expected, is_async) for point in points}
     wrong = stage.play_all(stories)
