@@ -127,6 +127,27 @@ class PackReader:
             raise CorruptRecordError(f"record {self._key}-{name} has no value {index!r}") from error
         return (row[0], row[1] if row[1] is not None else self._large[row[2]])
 
+    def copy(self, locator: Locator, pack: PackWriter, copied: dict[tuple[str, int], Locator]) -> Locator:
+        """Copy the value at `locator`, all of which was fetched, and return where it is then.
+
+        Args:
+            copied: What was copied before, old place → new locator; segments shared by versions stay shared.
+        """
+        if isinstance(locator, dict):
+            length, base, tail = locator["l"]
+            moved = [[self.copy(segment, pack, copied), count] for segment, count in tail]
+            return {"l": [length, self.copy(base, pack, copied) if base else None, moved]}
+        place = (locator[0], locator[1])
+        if place not in copied:
+            kind, data = self.typed(locator)
+            if kind == _NODE:
+                node = ormsgpack.unpackb(data)
+                segments = [[self.copy(segment, pack, copied), count] for segment, count in node["s"]]
+                moved_node = {"s": segments, "u": [self.copy(up, pack, copied) for up in node["u"]]}
+                data = ormsgpack.packb(moved_node)
+            copied[place] = pack.add((kind, data))
+        return copied[place]
+
     def value(self, locator: Locator) -> Any:
         """Return the value at `locator`, all of which was fetched."""
         if isinstance(locator, list):

@@ -36,6 +36,9 @@ T = TypeVar("T")
 
 _FIRST_WRITE: Final = common_v1.StateOptions(concurrency=common_v1.StateOptions.CONCURRENCY_FIRST_WRITE)
 _OUTAGE: Final = 30.0
+"""Seconds for which a sidecar that has answered before may be away, as when it is restarted."""
+_FIRST_CONTACT: Final = 5.0
+"""Seconds for which a sidecar that has never answered is waited for."""
 _CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
@@ -197,7 +200,7 @@ class StateClient:
                     try:
                         reply: Any = getattr(self._stub, method)(request, metadata=self._metadata)
                     except grpc.RpcError as error:
-                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < _OUTAGE:
+                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < self._patience:
                             time.sleep(delay)
                             delay = min(delay * 2, 1.0)
                             continue
@@ -221,7 +224,7 @@ class StateClient:
                     try:
                         reply: Any = await getattr(stub, method)(request, metadata=self._metadata)
                     except grpc.RpcError as error:
-                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < _OUTAGE:
+                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < self._patience:
                             await asyncio.sleep(delay)
                             delay = min(delay * 2, 1.0)
                             continue
@@ -230,6 +233,10 @@ class StateClient:
                 method, request = calls.send(reply)
         except StopIteration as stop:
             return stop.value
+
+    @property
+    def _patience(self) -> float:
+        return _OUTAGE if self._capabilities else _FIRST_CONTACT
 
     # --- operations as gRPC calls: yields (method, request), is sent the reply or the RpcError
 

@@ -71,6 +71,8 @@ class Head:
         recent: Ids of the last commits, to recognise one whose acknowledgement was lost.
         root: The newest checkpoint of the root namespace.
         newest: The highest checkpoint id entered so far, in any namespace.
+        generation: How often the thread was rewritten; what was prepared before a rewrite must not be committed after.
+        garbage: Name of a record with an earlier head, whose records are to be deleted where this head does not reach.
     """
 
     thread_id: str
@@ -84,6 +86,8 @@ class Head:
     open: tuple[Entry, ...] = ()
     pages: tuple[PageRef, ...] = ()
     chain: str = ""
+    generation: int = 0
+    garbage: str = ""
     deleted: bool = False
 
     def encode(self) -> bytes:
@@ -102,6 +106,8 @@ class Head:
                 "x": [entry.body() for entry in self.open],
                 "p": [[ref.name, ref.first, ref.last] for ref in self.pages],
                 "c": self.chain,
+                "v": self.generation,
+                "g": self.garbage,
                 "d": self.deleted,
             },
         )
@@ -122,8 +128,15 @@ class Head:
             open=tuple(Entry.of(entry) for entry in body["x"]),
             pages=tuple(PageRef(*ref) for ref in body["p"]),
             chain=body["c"],
+            generation=body["v"],
+            garbage=body["g"],
             deleted=body["d"],
         )
+
+    @property
+    def empty(self) -> bool:
+        """Whether the index reaches nothing."""
+        return not (self.root or self.open or self.pages or self.chain or self.garbage)
 
     def committed(self, commit_id: str) -> Head:
         """Return this head marked as the outcome of `commit_id`."""
@@ -198,18 +211,21 @@ class Index:
             lenient: Take a missing page for an empty one, as when a deletion goes on that was cut short.
         """
         newest: dict[tuple[str, str], Entry] = {}
-        pages, chain = head.pages, head.chain
-        for entry in (*([head.root] if head.root else []), *reversed(head.open)):
+        for entry in (yield from self.versions(head, lenient)):
             newest.setdefault((entry.ns, entry.checkpoint_id), entry)
+        return sorted(newest.values(), key=lambda entry: (entry.checkpoint_id, entry.ns), reverse=True)
+
+    def versions(self, head: Head, lenient: bool = False) -> Steps[list[Entry]]:
+        """Return all entries as they were entered, newest first; a checkpoint entered again is there again."""
+        found = [*([head.root] if head.root else []), *reversed(head.open)]
+        pages, chain = head.pages, head.chain
         while True:
             yield from self._bodies([ref.name for ref in pages], lenient)
             for ref in reversed(pages):
-                for entry in reversed(self._entries(ref.name)):
-                    newest.setdefault((entry.ns, entry.checkpoint_id), entry)
+                found += reversed(self._entries(ref.name))
             if not chain:
-                break
+                return found
             pages, chain = yield from self._older(chain, lenient)
-        return sorted(newest.values(), key=lambda entry: entry.checkpoint_id, reverse=True)
 
     def extend(self, head: Head, changes: Iterable[Entry], name: str) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
         """Return `head` with `changes` entered, and the records of the pages that this sealed.

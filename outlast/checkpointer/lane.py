@@ -12,13 +12,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from outlast.checkpointer.blobs import ListState, PackWriter
 from outlast.checkpointer.client import StateClient, Steps
 from outlast.checkpointer.head import Entry
-from outlast.checkpointer.thread import Fence, ThreadLog
+from outlast.checkpointer.thread import Fence, RewrittenError, ThreadLog
 from outlast.errors import FencedError
+
+T = TypeVar("T")
 
 LINGER: Final = 0.002
 _CACHED: Final = 64
@@ -56,6 +58,7 @@ class Lane:
         self.log = ThreadLog(thread_id, fence)
         self.channels: OrderedDict[tuple[str, str], dict[str, tuple[Any, Any]]] = OrderedDict()
         self.lists: OrderedDict[tuple[str, str], ListState] = OrderedDict()
+        self._generation = 0
         self._client = client
         self._submit = submit
         self._after_commit = after_commit
@@ -122,33 +125,52 @@ class Lane:
             self.log.forget()
 
     def _steps(self, batch: list[tuple[Request, Future[None]]], waiting: list[Future[None]]) -> Steps[list[Entry]]:
-        pack = PackWriter(self.log.key, self.log.names.next())
-        entries: list[Entry] = []
-        for request, future in batch:
+        limit = self._client.capabilities.quirks.max_value
+        while True:
+            generation = yield from self.log.generation()
+            if generation != self._generation:
+                # The thread was pruned: what is remembered may be gone.
+                self.channels.clear()
+                self.lists.clear()
+                self._generation = generation
+            pack = PackWriter(self.log.key, self.log.names.next())
+            entries: list[Entry] = []
+            prepared: list[tuple[Request, Future[None]]] = []
+            for request, future in batch:
+                try:
+                    entries.append((yield from request.prepare(self, pack)))
+                except Exception as error:
+                    future.set_exception(error)
+                else:
+                    prepared.append((request, future))
+            batch = prepared
+            waiting[:] = [future for _, future in prepared]
             try:
-                entries.append((yield from request.prepare(self, pack)))
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                waiting.append(future)
-        if entries:
-            limit = self._client.capabilities.quirks.max_value
-            yield from self.log.commit(entries, pack.finish(limit), pack.name)
-        return entries
+                if entries:
+                    yield from self.log.commit(entries, pack.finish(limit), pack.name, generation)
+                return entries
+            except RewrittenError:
+                continue
 
     def remember(self, ns: str, checkpoint_id: str, channels: dict[str, tuple[Any, Any]]) -> None:
         """Keep where the values of a checkpoint are: channel → (version, locator)."""
-        self.channels[(ns, checkpoint_id)] = channels
-        self.channels.move_to_end((ns, checkpoint_id))
-        while len(self.channels) > _CACHED:
-            self.channels.popitem(last=False)
+        _keep(self.channels, (ns, checkpoint_id), channels)
 
     def remember_list(self, ns: str, channel: str, state: ListState) -> None:
         """Keep how a list was stored last, so that the next version shares its segments."""
-        self.lists[(ns, channel)] = state
-        self.lists.move_to_end((ns, channel))
-        while len(self.lists) > _CACHED:
-            self.lists.popitem(last=False)
+        _keep(self.lists, (ns, channel), state)
+
+
+_KEEPING = threading.Lock()
+
+
+def _keep(cache: OrderedDict[tuple[str, str], T], key: tuple[str, str], value: T) -> None:
+    # Readers remember what they have read while the lane's own thread commits.
+    with _KEEPING:
+        cache[key] = value
+        cache.move_to_end(key)
+        while len(cache) > _CACHED:
+            cache.popitem(last=False)
 
 
 class Lanes:

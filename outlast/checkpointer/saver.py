@@ -6,7 +6,7 @@ import asyncio
 import builtins
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -23,27 +23,20 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.types import ERROR
 
+from outlast.checkpointer import upkeep
 from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed, store_list
 from outlast.checkpointer.client import StateClient, Steps
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.lane import Lane, Lanes
 from outlast.checkpointer.registry import THREADS
 from outlast.checkpointer.thread import Fence, ThreadLog
+from outlast.checkpointer.upkeep import Row, row_of, writes_of
 from outlast.errors import CorruptRecordError, OutlastError, SerializationError
 
 _BATCH: Final = 20
+_Place = tuple[str, str]
+_START: Final[_Place] = ("\U0010ffff", "")
 _ERROR_SOURCE: Final = "__error_source_node__"
-
-
-class _Row(NamedTuple):
-    """A checkpoint as a pack holds it. `checkpoint`, `metadata` and the values of `channels` are locators."""
-
-    ns: str
-    checkpoint_id: str
-    parent_id: str
-    checkpoint: Any
-    metadata: Any
-    channels: dict[str, Any]
 
 
 @dataclass
@@ -75,7 +68,7 @@ class _Put:
             else:
                 stored[name] = (version, pack.add(self._dumps(value)))
         bare = {key: value for key, value in self.checkpoint.items() if key != "channel_values"}
-        row = _Row(
+        row = Row(
             ns=self.ns,
             checkpoint_id=self.checkpoint["id"],
             parent_id=self.parent_id,
@@ -104,7 +97,7 @@ class _Put:
         if entry is None or not entry.pack:
             return {}
         reader = PackReader(lane.log.key, self.serde.loads_typed)
-        row = _row(lane.log, (yield from reader.packs([entry.pack])), entry)
+        row = row_of(lane.log.key, (yield from reader.packs([entry.pack])), entry)
         yield from reader.fetch([row.checkpoint])
         versions = reader.value(row.checkpoint)["channel_versions"]
         return {name: (versions.get(name), locator) for name, locator in row.channels.items()}
@@ -264,6 +257,55 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         await self.client.arun(ThreadLog(str(thread_id)).delete())
         self._lanes.drop(str(thread_id))
 
+    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Copy all checkpoints and writes of a thread to another; called again, completes what was cut short."""
+        self.client.run(self._copy(source_thread_id, target_thread_id))
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Copy a thread. Async face of `copy_thread`."""
+        await self.client.arun(self._copy(source_thread_id, target_thread_id))
+
+    def _copy(self, source: str, target: str) -> Steps[None]:
+        return upkeep.copy_thread(str(source), str(target), self.serde.loads_typed, self._limit)
+
+    @property
+    def _limit(self) -> int:
+        return self.client.capabilities.quirks.max_value
+
+    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Remove checkpoints of threads; called again, completes what was cut short.
+
+        Args:
+            thread_ids: The threads.
+            strategy: `keep_latest` keeps the newest checkpoint of each namespace, its writes, and what its delta
+                channels need; `delete` removes everything.
+
+        Raises:
+            ValueError: If there is no such strategy.
+        """
+        for thread_id in thread_ids:
+            self.client.run(self._pruned(str(thread_id), strategy))
+
+    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Remove checkpoints of threads. Async face of `prune`."""
+        for thread_id in thread_ids:
+            await self.client.arun(self._pruned(str(thread_id), strategy))
+
+    def _pruned(self, thread_id: str, strategy: str) -> Steps[None]:
+        if strategy == "delete":
+            return ThreadLog(thread_id).delete()
+        if strategy == "keep_latest":
+            return upkeep.keep_latest(thread_id, self.serde.loads_typed, self._limit)
+        raise ValueError(f"unknown strategy {strategy!r}: use 'keep_latest' or 'delete'")
+
+    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Remove the checkpoints that these runs made, in all threads; looks through every thread of the store."""
+        self.client.run(upkeep.delete_for_runs(run_ids, self.serde.loads_typed, self._limit))
+
+    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Remove the checkpoints that these runs made. Async face of `delete_for_runs`."""
+        await self.client.arun(upkeep.delete_for_runs(run_ids, self.serde.loads_typed, self._limit))
+
     # --- reading
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
@@ -281,18 +323,21 @@ class DaprSaver(BaseCheckpointSaver[Any]):
     def _get_tuple(self, config: RunnableConfig) -> Steps[CheckpointTuple | None]:
         configurable = config["configurable"]
         thread_id, ns = str(configurable["thread_id"]), configurable.get("checkpoint_ns", "")
-        log = self._lanes.of(thread_id).log if self._lanes.single else ThreadLog(thread_id)
-        head = yield from log.read()
-        if head is None:
-            return None
         wanted = get_checkpoint_id(config)
-        if wanted:
-            entry = yield from log.index.find(head, ns, wanted)
-        else:
-            entry = yield from log.index.latest(head, ns)
-        if entry is None or not entry.pack:
-            return None
-        return (yield from self._tuples(log, [entry]))[0]
+        log = ThreadLog(thread_id)
+        head = yield from log.read()
+        while head is not None:
+            try:
+                if wanted:
+                    entry = yield from log.index.find(head, ns, wanted)
+                else:
+                    entry = yield from log.index.latest(head, ns)
+                if entry is None or not entry.pack:
+                    return None
+                return (yield from self._tuples(log, [entry]))[0]
+            except CorruptRecordError as error:
+                head = yield from log.reread(head, error)
+        return None
 
     def list(
         self,
@@ -312,11 +357,10 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         """
         left = limit
         for thread_id in self.client.run(_thread_ids(config)):
-            log, entries = self.client.run(_entries(thread_id, config, before))
-            for start in range(0, len(entries), _BATCH):
-                if left is not None and left <= 0:
-                    return
-                batch = self.client.run(self._tuples(log, entries[start : start + _BATCH]))
+            log = ThreadLog(thread_id)
+            after: _Place | None = _START
+            while after and (left is None or left > 0):
+                batch, after = self.client.run(self._page(log, config, before, after))
                 found = _matching(batch, filter, left)
                 yield from found
                 left = None if left is None else left - len(found)
@@ -332,28 +376,46 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         """Yield checkpoints, newest first. Async face of `list`."""
         left = limit
         for thread_id in await self.client.arun(_thread_ids(config)):
-            log, entries = await self.client.arun(_entries(thread_id, config, before))
-            for start in range(0, len(entries), _BATCH):
-                if left is not None and left <= 0:
-                    return
-                batch = await self.client.arun(self._tuples(log, entries[start : start + _BATCH]))
+            log = ThreadLog(thread_id)
+            after: _Place | None = _START
+            while after and (left is None or left > 0):
+                batch, after = await self.client.arun(self._page(log, config, before, after))
                 found = _matching(batch, filter, left)
                 for item in found:
                     yield item
                 left = None if left is None else left - len(found)
 
+    def _page(
+        self, log: ThreadLog, config: RunnableConfig | None, before: RunnableConfig | None, after: _Place
+    ) -> Steps[tuple[builtins.list[CheckpointTuple], _Place | None]]:
+        """Return the next checkpoints of a listing, and the place to go on from; None at the end."""
+        head = yield from log.read()
+        while head is not None:
+            try:
+                entries = [
+                    entry
+                    for entry in (yield from log.index.entries(head))
+                    if (entry.checkpoint_id, entry.ns) < after and _asked_for(entry, config, before)
+                ]
+                batch = entries[:_BATCH]
+                last = (batch[-1].checkpoint_id, batch[-1].ns) if len(entries) > len(batch) else None
+                return (yield from self._tuples(log, batch)), last
+            except CorruptRecordError as error:
+                head = yield from log.reread(head, error)
+        return [], None
+
     def _tuples(self, log: ThreadLog, entries: Sequence[Entry]) -> Steps[builtins.list[CheckpointTuple]]:
         reader = PackReader(log.key, self.serde.loads_typed)
         packs = yield from reader.packs(name for entry in entries for name in (entry.pack, *entry.writes))
-        rows = [_row(log, packs, entry) for entry in entries]
+        rows = [row_of(log.key, packs, entry) for entry in entries]
         writes = [_pending(packs, entry) for entry in entries]
-        wanted = [locator for row in rows for locator in (row.checkpoint, row.metadata, *row.channels.values())]
+        wanted = [locator for row in rows for locator in row.locators]
         wanted += [locator for pending in writes for _, _, locator in pending]
         yield from reader.fetch(wanted)
         return [self._tuple(log, reader, row, pending) for row, pending in zip(rows, writes, strict=True)]
 
     def _tuple(
-        self, log: ThreadLog, reader: PackReader, row: _Row, pending: Sequence[tuple[str, str, Any]]
+        self, log: ThreadLog, reader: PackReader, row: Row, pending: Sequence[tuple[str, str, Any]]
     ) -> CheckpointTuple:
         checkpoint = cast(Checkpoint, reader.value(row.checkpoint))
         values = {name: reader.value(locator) for name, locator in row.channels.items()}
@@ -369,7 +431,7 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         )
 
     def _remember(
-        self, log: ThreadLog, reader: PackReader, row: _Row, checkpoint: Checkpoint, values: dict[str, Any]
+        self, log: ThreadLog, reader: PackReader, row: Row, checkpoint: Checkpoint, values: dict[str, Any]
     ) -> None:
         """Let the attempt's next checkpoint share the segments and values of the one it goes on from."""
         lane = self._lanes.of(log.thread_id)
@@ -405,26 +467,15 @@ def _config(thread_id: str, ns: str, checkpoint_id: str) -> RunnableConfig:
     return {"configurable": {"thread_id": thread_id, "checkpoint_ns": ns, "checkpoint_id": checkpoint_id}}
 
 
-def _row(log: ThreadLog, packs: dict[str, Any], entry: Entry) -> _Row:
-    for body in packs[entry.pack]["c"]:
-        row = _Row(*body)
-        if (row.ns, row.checkpoint_id) == (entry.ns, entry.checkpoint_id):
-            return row
-    raise CorruptRecordError(f"record '{log.key}-{entry.pack}' lacks checkpoint {entry.checkpoint_id!r}")
-
-
 def _pending(packs: dict[str, Any], entry: Entry) -> Sequence[tuple[str, str, Any]]:
     """Return the pending writes of a checkpoint in LangGraph's order: task id, channel, locator.
 
     Of ordinary writes at one place the first counts, of special ones (errors, interrupts) the last.
     """
     kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
-    for name in entry.writes:
-        for ns, checkpoint_id, task_id, task_path, position, channel, locator in packs[name]["w"]:
-            if (ns, checkpoint_id) != (entry.ns, entry.checkpoint_id):
-                continue
-            if position < 0 or (task_id, position) not in kept:
-                kept[(task_id, position)] = (task_path, channel, locator)
+    for row in writes_of(packs, entry):
+        if row.position < 0 or (row.task_id, row.position) not in kept:
+            kept[(row.task_id, row.position)] = (row.task_path, row.channel, row.value)
     order = sorted(kept, key=lambda place: writes_sort_key(kept[place][0], *place))
     return [(place[0], kept[place][1], kept[place][2]) for place in order]
 
@@ -435,23 +486,16 @@ def _thread_ids(config: RunnableConfig | None) -> Steps[Sequence[str]]:
     return (yield from THREADS.names())
 
 
-def _entries(
-    thread_id: str, config: RunnableConfig | None, before: RunnableConfig | None
-) -> Steps[tuple[ThreadLog, Sequence[Entry]]]:
+def _asked_for(entry: Entry, config: RunnableConfig | None, before: RunnableConfig | None) -> bool:
     configurable = (config or {}).get("configurable", {})
     ns, wanted = configurable.get("checkpoint_ns"), configurable.get("checkpoint_id")
     bound = get_checkpoint_id(before) if before else None
-    log = ThreadLog(thread_id)
-    head = yield from log.read()
-    found = (yield from log.index.entries(head)) if head else []
-    return log, [
-        entry
-        for entry in found
-        if entry.pack
+    return (
+        bool(entry.pack)
         and (ns is None or entry.ns == ns)
         and (not wanted or entry.checkpoint_id == wanted)
         and (not bound or entry.checkpoint_id < bound)
-    ]
+    )
 
 
 def _matching(

@@ -10,7 +10,7 @@ from outlast.checkpointer import keys, records
 from outlast.checkpointer.client import Create, Delete, Get, Item, Pause, Steps, Swap
 from outlast.checkpointer.head import Entry, Head, Index
 from outlast.checkpointer.registry import THREADS
-from outlast.errors import CorruptRecordError, FencedError, StoreError
+from outlast.errors import CorruptRecordError, FencedError, OutlastError, StoreError
 
 _TRIES = 200
 
@@ -21,6 +21,10 @@ class Fence:
 
     epoch: int
     owner: str
+
+
+class RewrittenError(OutlastError):
+    """The thread was pruned since a commit was prepared; the lane prepares it anew."""
 
 
 class ThreadLog:
@@ -44,6 +48,18 @@ class ThreadLog:
         """Return the head as it is in the store now, or None if the thread has none or was deleted."""
         head = yield from self._load()
         return None if head is None or head.deleted else head
+
+    def reread(self, seen: Head, error: CorruptRecordError) -> Steps[Head | None]:
+        """Return the head again after a record that `seen` names could not be read.
+
+        Raises:
+            CorruptRecordError: That `error`, unless the thread was rewritten or deleted meanwhile.
+        """
+        head = yield from self.read()
+        if head is not None and head.generation == seen.generation:
+            raise error
+        self.index = Index(self.key)
+        return head
 
     def _load(self) -> Steps[Head | None]:
         item: Item = (yield Get((self.key,)))[self.key]
@@ -76,7 +92,7 @@ class ThreadLog:
         head = self._head
         assert head is not None
         if head.deleted and not self._fence:
-            if head.root or head.open or head.pages or head.chain:
+            if not head.empty:
                 yield from self.delete()
                 return (yield from self._ready())
             head = replace(head, deleted=False)
@@ -90,14 +106,26 @@ class ThreadLog:
                 f"was epoch {fence.epoch}: another attempt has taken over, nothing of this one is committed any more"
             )
 
-    def commit(self, entries: Sequence[Entry], pack: Sequence[tuple[str, bytes]], name: str) -> Steps[None]:
+    def generation(self) -> Steps[int]:
+        """Return how often the thread was rewritten, as far as is known here; `commit` checks it."""
+        return (yield from self._ready()).generation
+
+    def commit(
+        self, entries: Sequence[Entry], pack: Sequence[tuple[str, bytes]], name: str, generation: int | None = None
+    ) -> Steps[None]:
         """Make the records of `pack` visible through `entries`.
+
+        Args:
+            generation: What `generation` returned before `pack` was prepared, if that refers to older records.
 
         Raises:
             FencedError: If another attempt owns the thread; then nothing has become visible.
+            RewrittenError: If the thread was rewritten meanwhile; prepare the commit anew.
         """
 
         def enter(head: Head) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
+            if generation is not None and head.generation != generation:
+                raise RewrittenError(f"thread {self.thread_id!r} was rewritten")
             return (yield from self.index.extend(head, entries, self.names.next()))
 
         yield from self._swap(enter, pack, name)
@@ -140,6 +168,42 @@ class ThreadLog:
             "is the store's optimistic locking sound?"
         )
 
+    def replace_index(self, seen: Head, entries: Sequence[Entry]) -> Steps[bool]:
+        """Let the thread consist of `entries`, if its head still is `seen`; else return False and change nothing.
+
+        What is not reached any more is left for `sweep`. What of the old records `entries` use must have been copied.
+        """
+        yield from self._load()
+        if self._head is None or self._head.recent != seen.recent:
+            return False
+        names = self.names
+        rebuilt = replace(seen, root=None, newest="", open=(), pages=(), chain="", generation=seen.generation + 1)
+        written: list[tuple[str, bytes]] = []
+        for start in range(0, len(entries), 16):
+            rebuilt, pages = yield from self.index.extend(rebuilt, entries[start : start + 16], names.next())
+            written += pages
+        garbage = names.next()
+        written.append((f"{self.key}-{garbage}", seen.encode()))
+        changed = replace(rebuilt, garbage=garbage).committed(names.next())
+        yield Swap(self.key, changed.encode(), self._etag, written)
+        self.index = Index(self.key)
+        current = yield from self._load()
+        return current is not None and current.garbage == garbage
+
+    def sweep(self) -> Steps[None]:
+        """Delete what a rewrite has left behind; called again, completes what was cut short."""
+        head = yield from self._load()
+        if head is None or head.deleted or not head.garbage:
+            return
+        key = f"{self.key}-{head.garbage}"
+        item: Item = (yield Get((key,)))[key]
+        if item.data:
+            old = yield from self._records(Head.decode(key, item.data))
+            kept = set((yield from self._records(replace(head, garbage=""))))
+            yield Delete([name for name in old if name not in kept])
+        yield from self.change(lambda now: replace(now, garbage="") if now.garbage == head.garbage else None)
+        yield Delete([key])
+
     def delete(self) -> Steps[None]:
         """Remove the thread: marks the head, deletes what the index lists, then empties the head.
 
@@ -170,9 +234,16 @@ class ThreadLog:
 
     def _records(self, head: Head) -> Steps[list[str]]:
         """Return the keys of all records that `head` reaches, those already gone among them."""
-        entries = yield from self.index.entries(head, lenient=True)
+        reader = Index(self.key)
+        entries = yield from reader.versions(head, lenient=True)
         names = dict.fromkeys(name for entry in entries for name in (entry.pack, *entry.writes) if name)
         doomed: list[str] = []
+        if head.garbage:
+            key = f"{self.key}-{head.garbage}"
+            item: Item = (yield Get((key,)))[key]
+            if item.data:
+                doomed += yield from self._records(Head.decode(key, item.data))
+            doomed.append(key)
         todo = [f"{self.key}-{name}" for name in names]
         for start in range(0, len(todo), 100):
             items: dict[str, Item] = yield Get(todo[start : start + 100])
@@ -188,5 +259,5 @@ class ThreadLog:
                 pieces: dict[str, Item] = (yield Get(large)) if large else {}
                 for name, piece in pieces.items():
                     doomed += [*records.chunk_keys(name, piece.data), name]
-        # Packs go last: they alone name the chunks and blobs, should this be cut short.
-        return [*doomed, *todo, *(f"{self.key}-{name}" for name in self.index.sealed())]
+        # What names other records goes after them, should this be cut short: packs, then pages, the oldest first.
+        return [*doomed, *todo, *(f"{self.key}-{name}" for name in reversed(reader.sealed()))]

@@ -18,7 +18,15 @@ from outlast.checkpointer import keys, records
 from outlast.checkpointer.client import Get, Save, Steps
 from outlast.checkpointer.registry import ACTIVE, WORKERS
 from outlast.checkpointer.thread import Fence, ThreadLog
-from outlast.errors import FencedError, OutlastError, RunNotFoundError, SidecarUnavailableError, StoreError
+from outlast.errors import (
+    CorruptRecordError,
+    FencedError,
+    OutlastError,
+    RunNotFoundError,
+    SidecarUnavailableError,
+    StoreError,
+    UnknownFormatError,
+)
 from outlast.recovery import runs
 from outlast.recovery.attempt import Attachment, Attempt, Outcome
 from outlast.recovery.runs import RunHead
@@ -152,13 +160,28 @@ class Worker:
             logger.warning("run %s is not in the store any more; its workflow ends", run_id)
             return {"then": "end", "status": "unknown"}
         except FencedError as error:
-            logger.warning("run %s: %s", run_id, error)
+            logger.warning("run %s: %s: %s", run_id, type(error).__name__, error)
             return {"then": "sleep", "seconds": 1.0}
+        except (CorruptRecordError, UnknownFormatError) as error:
+            return self._unreadable(run_id, error)
         finally:
             with self._lock:
                 self._starting[run_id] -= 1
                 if not self._starting[run_id]:
                     del self._starting[run_id]
+
+    def _unreadable(self, run_id: str, error: OutlastError) -> Next:
+        """Fail a run whose records cannot be read: trying again would not help."""
+        logger.error("run %s fails: %s", run_id, error)
+        failed = describe(error)
+        head = self._client.run(runs.change(run_id, lambda now: _failed(now, failed)))
+        self._runtime.settled(head, error)
+        try:
+            self._client.run(runs.release(head))
+        except OutlastError as unreleased:
+            logger.error("run %s: its thread could not be given on: %s", run_id, unreleased)
+            self._client.run(ACTIVE.discard(run_id))
+        return {"then": "end", "status": "failed"}
 
     def _advance(self, run_id: str, delivery: Delivery) -> Next:
         head = self._client.run(runs.read(run_id))
@@ -407,6 +430,10 @@ class Worker:
 
 def _cancelled(now: RunHead) -> RunHead | None:
     return None if now.ended else replace(now, status="cancelled", running=None)
+
+
+def _failed(now: RunHead, error: tuple[str, str]) -> RunHead | None:
+    return None if now.ended else replace(now, status="failed", running=None, error=error)
 
 
 def _queued(now: RunHead) -> RunHead | None:
