@@ -152,7 +152,7 @@ def test_a_pruned_thread_goes_on(client: StateClient) -> None:
     talk(saver, "t", 3)
     state = DaprSaver(client=client).get_tuple({"configurable": {"thread_id": "t"}})
     assert state is not None
-    assert len(state.checkpoint["channel_values"]["messages"]) == 46
+    assert len(state.checkpoint["channel_values"]["messages"]) == 86
 
 
 def test_two_savers_one_prunes_while_the_other_writes(client: StateClient) -> None:
