@@ -6,14 +6,16 @@ import contextlib
 import logging
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import dapr.ext.workflow._durabletask.internal.orchestrator_service_pb2_grpc as workflow_grpc
 import dapr.ext.workflow._durabletask.internal.protos as pb
 import grpc
 from dapr.proto import api_service_v1, api_v1
-from google.protobuf import empty_pb2
+from google.protobuf import any_pb2, empty_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from outlast.embedded import history, state, workflows
 from outlast.embedded.database import Database
@@ -31,28 +33,32 @@ _MAX_PAGE = 1024
 T = TypeVar("T")
 
 
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
+def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str, reason: str = "") -> NoReturn:
+    """End the call; `reason` is the ErrorInfo that daprd attaches, as the SDK's error codes show it."""
+    if reason:
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="dapr.io"))
+        status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
+        context.abort_with_status(rpc_status.to_status(status))
     context.abort(code, message)
     raise AssertionError("abort returned")
 
 
-def _failed(context: grpc.ServicerContext, error: sqlite3.Error, what: str) -> NoReturn:
-    """Answer for a database that cannot write or read now; callers may try again."""
-    logger.error("%s: %s", what, error)
-    _abort(context, grpc.StatusCode.INTERNAL, f"{what}: {error}")
-
-
 @contextlib.contextmanager
-def _answering(context: grpc.ServicerContext, what: str, code: grpc.StatusCode | None = None) -> Iterator[None]:
-    """Turn the errors of the rules into the statuses daprd gives; `code` overrides them, as transactions do."""
+def _answering(
+    context: grpc.ServicerContext, what: str = "", reason: str = "", code: grpc.StatusCode | None = None
+) -> Iterator[None]:
+    """Turn the errors of the rules into the statuses daprd gives; `code` overrides theirs, as in transactions."""
     try:
         yield
     except Refused as error:
-        _abort(context, code or grpc.StatusCode[error.code], f"{what}{error}")
+        _abort(context, code or grpc.StatusCode[error.code], f"{what}{error}", reason)
     except Conflict as error:
-        _abort(context, code or grpc.StatusCode.ABORTED, f"{what}{error}")
+        _abort(context, code or grpc.StatusCode.ABORTED, f"{what}{error}", reason)
     except sqlite3.Error as error:
-        _failed(context, error, what.rstrip(": ") or "the embedded store failed")
+        # The database cannot be written or read now; callers may try again.
+        logger.error("%sthe embedded store failed: %s", what, error)
+        _abort(context, grpc.StatusCode.INTERNAL, f"{what}the embedded store failed: {error}", reason)
 
 
 class StateService(api_service_v1.DaprServicer):
@@ -76,19 +82,28 @@ class StateService(api_service_v1.DaprServicer):
 
     def _store(self, name: str, context: grpc.ServicerContext) -> str:
         if not self._stores:
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"state store {name} is not configured")
+            _abort(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"state store {name} is not configured",
+                "DAPR_STATE_NOT_CONFIGURED",
+            )
         if name not in self._stores:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"state store {name} is not found")
+            _abort(
+                context, grpc.StatusCode.INVALID_ARGUMENT, f"state store {name} is not found", "DAPR_STATE_NOT_FOUND"
+            )
         return name
+
+    def _check_keys(self, context: grpc.ServicerContext, keys: Iterable[str]) -> None:
+        with _answering(context, reason="DAPR_STATE_ILLEGAL_KEY"):
+            for key in keys:
+                state.check_key(key)
 
     def GetState(self, request: api_v1.GetStateRequest, context: grpc.ServicerContext) -> api_v1.GetStateResponse:
         store = self._store(request.store_name, context)
-        with _answering(context, ""):
-            state.check_key(
-                request.key, empty_message=f"fail to get  from state store {store}: missing key in get operation"
-            )
+        self._check_keys(context, [request.key])
         what = f"fail to get {request.key} from state store {store}: "
-        with _answering(context, what), self._database.read() as connection:
+        with _answering(context, what, "ERR_STATE_GET"), self._database.read() as connection:
             record = state.get(connection, self._app, store, request.key)
         return api_v1.GetStateResponse(data=record.value, etag=record.etag, metadata=record.metadata)
 
@@ -97,10 +112,9 @@ class StateService(api_service_v1.DaprServicer):
     ) -> api_v1.GetBulkStateResponse:
         store = self._store(request.store_name, context)
         response = api_v1.GetBulkStateResponse()
-        with _answering(context, ""), self._database.read() as connection:
+        self._check_keys(context, request.keys)
+        with _answering(context), self._database.read() as connection:
             for key in request.keys:
-                if key:
-                    state.check_key(key, empty_message="")
                 record = state.get(connection, self._app, store, key)
                 response.items.add(key=key, data=record.value, etag=record.etag, metadata=record.metadata)
         return response
@@ -109,10 +123,10 @@ class StateService(api_service_v1.DaprServicer):
         store = self._store(request.store_name, context)
         if not request.states:
             return empty_pb2.Empty()
-        with _answering(context, ""):
-            for item in request.states:
-                state.check_key(item.key, empty_message="state key cannot be empty")
-        with _answering(context, f"failed saving state in state store {store}: "):
+        if not all(item.key for item in request.states):
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "state key cannot be empty", "ERR_STATE_SAVE")
+        self._check_keys(context, [item.key for item in request.states])
+        with _answering(context, f"failed saving state in state store {store}: ", "ERR_STATE_SAVE"):
             conflict = self._database.write(lambda c: state.put_many(c, self._app, store, request.states))
             if conflict is not None:
                 raise conflict
@@ -121,9 +135,8 @@ class StateService(api_service_v1.DaprServicer):
     def DeleteState(self, request: api_v1.DeleteStateRequest, context: grpc.ServicerContext) -> empty_pb2.Empty:
         store = self._store(request.store_name, context)
         what = f"failed deleting state with key {request.key}: "
-        with _answering(context, ""):
-            state.check_key(request.key, empty_message=f"{what}missing key in delete operation")
-        with _answering(context, what):
+        self._check_keys(context, [request.key])
+        with _answering(context, what, "ERR_STATE_DELETE"):
             self._database.write(lambda c: state.delete(c, self._app, store, request.key, request.etag.value))
         return empty_pb2.Empty()
 
@@ -139,7 +152,8 @@ class StateService(api_service_v1.DaprServicer):
                     conflict = error
             return conflict
 
-        with _answering(context, f"failed deleting state in state store {store}: "):
+        self._check_keys(context, [item.key for item in request.states])
+        with _answering(context, f"failed deleting state in state store {store}: ", "ERR_STATE_DELETE_BULK"):
             conflict = self._database.write(work)
             if conflict is not None:
                 raise conflict
@@ -154,10 +168,7 @@ class StateService(api_service_v1.DaprServicer):
                 message = f"operation type {operation.operationType} not supported"
                 _abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
         what = "error while executing state transaction: "
-        with _answering(context, ""):
-            for operation in request.operations:
-                name = "set option" if operation.operationType == "upsert" else "delete operation"
-                state.check_key(operation.request.key, empty_message=f"{what}missing key in {name}")
+        self._check_keys(context, [operation.request.key for operation in request.operations])
 
         def work(connection: sqlite3.Connection) -> None:
             for operation in request.operations:
@@ -167,7 +178,7 @@ class StateService(api_service_v1.DaprServicer):
                 else:
                     state.delete(connection, self._app, store, item.key, item.etag.value)
 
-        with _answering(context, what, grpc.StatusCode.INTERNAL):
+        with _answering(context, what, "ERR_STATE_TRANSACTION", grpc.StatusCode.INTERNAL):
             self._database.write(work)
         return empty_pb2.Empty()
 
@@ -248,7 +259,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
         return pb.CreateInstanceResponse(instanceId=instance_id)
 
     def GetInstance(self, request: pb.GetInstanceRequest, context: grpc.ServicerContext) -> pb.GetInstanceResponse:
-        with _answering(context, ""), self._database.read() as connection:
+        with _answering(context), self._database.read() as connection:
             found = workflows.state_of(
                 connection, self._target(request), request.instanceId, payloads=request.getInputsAndOutputs
             )
@@ -257,7 +268,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
     def _wait(
         self, request: Any, context: grpc.ServicerContext, condition: Callable[[pb.WorkflowState], bool]
     ) -> pb.GetInstanceResponse:
-        with _answering(context, ""):
+        with _answering(context):
             found = self._dispatcher.waiters.wait(
                 self._target(request),
                 request.instanceId,
@@ -347,7 +358,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
     def CompleteActivityTask(
         self, request: pb.ActivityResponse, context: grpc.ServicerContext
     ) -> pb.CompleteTaskResponse:
-        with _answering(context, ""):
+        with _answering(context):
             self._dispatcher.complete_task(request)
         return pb.CompleteTaskResponse()
 
@@ -355,7 +366,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
         self, request: pb.WorkflowResponse, context: grpc.ServicerContext
     ) -> pb.CompleteTaskResponse:
         try:
-            with _answering(context, ""):
+            with _answering(context):
                 self._dispatcher.complete_turn(request)
         except ValueError as error:
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -370,7 +381,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
     def GetInstanceHistory(
         self, request: pb.GetInstanceHistoryRequest, context: grpc.ServicerContext
     ) -> pb.GetInstanceHistoryResponse:
-        with _answering(context, ""), self._database.read() as connection:
+        with _answering(context), self._database.read() as connection:
             row = connection.execute(
                 "SELECT iid FROM instances WHERE app = ? AND id = ?", (self._app, request.instanceId)
             ).fetchone()
@@ -385,7 +396,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
             after = int(request.continuationToken or 0)
         except ValueError:
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid continuation token")
-        with _answering(context, ""), self._database.read() as connection:
+        with _answering(context), self._database.read() as connection:
             ids, following = workflows.list_ids(connection, self._app, after, request.pageSize or _MAX_PAGE)
         token = None if following is None else str(following)
         return pb.ListInstanceIDsResponse(instanceIds=ids, continuationToken=token)

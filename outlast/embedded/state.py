@@ -30,12 +30,10 @@ class Record(NamedTuple):
 ABSENT = Record(b"", "", {})
 
 
-def check_key(key: str, *, empty_message: str) -> None:
-    """Refuse what daprd refuses: an empty key, or one with the separator of its app-id prefix."""
+def check_key(key: str) -> None:
+    """Refuse a key with the separator of the app-id prefix, as daprd does."""
     if _SEPARATOR in key:
         raise Refused("INVALID_ARGUMENT", f"input key/keyPrefix '{key}' can't contain '{_SEPARATOR}'")
-    if not key:
-        raise Refused("INVALID_ARGUMENT" if "cannot" in empty_message else "INTERNAL", empty_message)
 
 
 def get(connection: sqlite3.Connection, app: str, store: str, key: str) -> Record:

@@ -18,6 +18,9 @@ from dapr.proto import api_service_v1
 
 from outlast.embedded import EmbeddedSidecar
 
+# Read when gRPC is first used: with its fork handlers, starting a child from a process that serves gRPC can hang.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 STORE = "statestore"
 
 

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from dapr.aio.clients import DaprClient as AsyncDaprClient
 from dapr.clients import DaprClient
-from dapr.clients.exceptions import DaprInternalError
+from dapr.clients.exceptions import DaprGrpcError, DaprInternalError
 from dapr.clients.grpc._request import TransactionalStateOperation, TransactionOperationType
 from dapr.clients.grpc._state import Concurrency, Consistency, StateItem, StateOptions
 from dapr.proto import api_service_v1, api_v1, common_v1
@@ -212,6 +212,20 @@ def test_keys_that_are_refused(stub: api_service_v1.DaprStub, client: DaprClient
     assert code_of(lambda: client.save_state(STORE, "a||b", "x")) == refused
     empty = api_v1.SaveStateRequest(store_name=STORE, states=[common_v1.StateItem(key="", value=b"x")])
     assert code_of(lambda: stub.SaveState(empty)) == (grpc.StatusCode.INVALID_ARGUMENT, "state key cannot be empty")
+
+
+def test_errors_carry_the_codes_the_sdk_shows(client: DaprClient, key: str) -> None:
+    def reason(call: Callable[[], object]) -> str:
+        with pytest.raises(DaprGrpcError) as caught:
+            call()
+        return str(caught.value.error_code())
+
+    assert reason(lambda: client.save_state(STORE, key, "x", etag="stale")) == "ERR_STATE_SAVE"
+    assert reason(lambda: client.delete_state(STORE, key, etag="stale")) == "ERR_STATE_DELETE"
+    assert reason(lambda: client.get_state("nope", key)) == "DAPR_STATE_NOT_FOUND"
+    assert reason(lambda: client.get_state(STORE, "a||b")) == "DAPR_STATE_ILLEGAL_KEY"
+    stale = [upsert(key, b"x", "stale")]
+    assert reason(lambda: client.execute_state_transaction(STORE, stale)) == "ERR_STATE_TRANSACTION"
 
 
 @pytest.mark.parametrize("key_form", ["a b", "ümläut/é", "x" * 2000, "quote'\"", "100%"])
