@@ -30,12 +30,13 @@ class CommandError(OutlastError):
 
 def set_up_logging(verbose: bool) -> bool:
     """Log to stderr: warnings, and with `verbose` also what outlast does."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(name)s: %(message)s",
-        handlers=[RichHandler(console=ERR, show_path=False, omit_repeated_times=False, log_time_format="%X.%f")],
-        force=True,
-    )
+    if ERR.is_terminal:
+        handler: logging.Handler = RichHandler(console=ERR, show_path=False, log_time_format="%X")
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("outlast").setLevel(logging.DEBUG if verbose else logging.WARNING)
     return verbose
 

@@ -35,7 +35,7 @@ def command(
     With --json it prints one line for each event: {"event": "ready" | "draining" | "stopped", "time", "pid", "agents"}.
     """
     found = _load(agents)
-    names = sorted(agent.name for agent in found)
+    names = sorted({agent.name for agent in found})
     runtimes: list[Runtime] = list({id(agent._runtime): agent._runtime for agent in found}.values())
     for agent in found:
         if store is not None and agent._runtime.store != store:
