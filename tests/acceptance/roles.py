@@ -124,7 +124,10 @@ def recover_trip(folder: str, thread: str, run_id: str, is_async: bool = False) 
         handle = agent.get_run(run_id)
     except RunNotFoundError:
         points.note("resubmitted")
-        handle = agent.start(INPUT, _config(thread), run_id=run_id)
+        if is_async:
+            handle = asyncio.run(agent.astart(INPUT, _config(thread), run_id=run_id))
+        else:
+            handle = agent.start(INPUT, _config(thread), run_id=run_id)
     out = handle.result(PATIENCE)
     if "__interrupt__" in out:
         points.note("answered")
