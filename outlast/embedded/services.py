@@ -252,10 +252,15 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
             tags=dict(request.tags),
         )
         app = self._target(request)
-        # daprd wraps the status of its inner call into the text of the outer one.
-        what = "failed to create workflow instance: rpc error: code = AlreadyExists desc = "
-        with _answering(context, what):
-            self._dispatcher.transact(lambda c, changes: workflows.create(c, app, event, changes))
+
+        def work(connection: sqlite3.Connection, changes: workflows.Changes) -> None:
+            try:
+                workflows.create(connection, app, event, changes)
+            except Refused as refused:  # daprd wraps the status of its inner call into the text of the outer one
+                raise Refused(refused.code, f"rpc error: code = AlreadyExists desc = {refused}") from None
+
+        with _answering(context, "failed to create workflow instance: "):
+            self._dispatcher.transact(work)
         return pb.CreateInstanceResponse(instanceId=instance_id)
 
     def GetInstance(self, request: pb.GetInstanceRequest, context: grpc.ServicerContext) -> pb.GetInstanceResponse:
