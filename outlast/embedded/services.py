@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,17 +11,14 @@ import dapr.ext.workflow._durabletask.internal.orchestrator_service_pb2_grpc as 
 import dapr.ext.workflow._durabletask.internal.protos as pb
 import grpc
 from dapr.proto import api_service_v1, api_v1
-from google.protobuf import any_pb2, empty_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.protobuf import empty_pb2
 
 from outlast.embedded import history, state, workflows
+from outlast.embedded.answers import abort, answering
 from outlast.embedded.database import Database
 from outlast.embedded.dispatch import Dispatcher
 from outlast.embedded.errors import Conflict, Refused
 from outlast.embedded.history import FINAL
-
-logger = logging.getLogger("outlast.embedded")
 
 RUNTIME_VERSION = "1.18.2"
 MARKER = "outlast.embedded"
@@ -31,34 +26,6 @@ _CAPABILITIES = ("ETAG", "TRANSACTIONAL", "TTL", "ACTOR")
 _MAX_PAGE = 1024
 
 T = TypeVar("T")
-
-
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str, reason: str = "") -> NoReturn:
-    """End the call; `reason` is the ErrorInfo that daprd attaches, as the SDK's error codes show it."""
-    if reason:
-        detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="dapr.io"))
-        status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
-        context.abort_with_status(rpc_status.to_status(status))
-    context.abort(code, message)
-    raise AssertionError("abort returned")
-
-
-@contextlib.contextmanager
-def _answering(
-    context: grpc.ServicerContext, what: str = "", reason: str = "", code: grpc.StatusCode | None = None
-) -> Iterator[None]:
-    """Turn the errors of the rules into the statuses daprd gives; `code` overrides theirs, as in transactions."""
-    try:
-        yield
-    except Refused as error:
-        _abort(context, code or grpc.StatusCode[error.code], f"{what}{error}", reason)
-    except Conflict as error:
-        _abort(context, code or grpc.StatusCode.ABORTED, f"{what}{error}", reason)
-    except sqlite3.Error as error:
-        # The database cannot be written or read now; callers may try again.
-        logger.error("%sthe embedded store failed: %s", what, error)
-        _abort(context, grpc.StatusCode.INTERNAL, f"{what}the embedded store failed: {error}", reason)
 
 
 class StateService(api_service_v1.DaprServicer):
@@ -82,20 +49,18 @@ class StateService(api_service_v1.DaprServicer):
 
     def _store(self, name: str, context: grpc.ServicerContext) -> str:
         if not self._stores:
-            _abort(
+            abort(
                 context,
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"state store {name} is not configured",
                 "DAPR_STATE_NOT_CONFIGURED",
             )
         if name not in self._stores:
-            _abort(
-                context, grpc.StatusCode.INVALID_ARGUMENT, f"state store {name} is not found", "DAPR_STATE_NOT_FOUND"
-            )
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"state store {name} is not found", "DAPR_STATE_NOT_FOUND")
         return name
 
     def _check_keys(self, context: grpc.ServicerContext, keys: Iterable[str]) -> None:
-        with _answering(context, reason="DAPR_STATE_ILLEGAL_KEY"):
+        with answering(context, reason="DAPR_STATE_ILLEGAL_KEY"):
             for key in keys:
                 state.check_key(key)
 
@@ -103,7 +68,7 @@ class StateService(api_service_v1.DaprServicer):
         store = self._store(request.store_name, context)
         self._check_keys(context, [request.key])
         what = f"fail to get {request.key} from state store {store}: "
-        with _answering(context, what, "ERR_STATE_GET"), self._database.read() as connection:
+        with answering(context, what, "ERR_STATE_GET"), self._database.read() as connection:
             record = state.get(connection, self._app, store, request.key)
         return api_v1.GetStateResponse(data=record.value, etag=record.etag, metadata=record.metadata)
 
@@ -113,7 +78,7 @@ class StateService(api_service_v1.DaprServicer):
         store = self._store(request.store_name, context)
         response = api_v1.GetBulkStateResponse()
         self._check_keys(context, request.keys)
-        with _answering(context), self._database.read() as connection:
+        with answering(context), self._database.read() as connection:
             for key in request.keys:
                 record = state.get(connection, self._app, store, key)
                 response.items.add(key=key, data=record.value, etag=record.etag, metadata=record.metadata)
@@ -124,9 +89,9 @@ class StateService(api_service_v1.DaprServicer):
         if not request.states:
             return empty_pb2.Empty()
         if not all(item.key for item in request.states):
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "state key cannot be empty", "ERR_STATE_SAVE")
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, "state key cannot be empty", "ERR_STATE_SAVE")
         self._check_keys(context, [item.key for item in request.states])
-        with _answering(context, f"failed saving state in state store {store}: ", "ERR_STATE_SAVE"):
+        with answering(context, f"failed saving state in state store {store}: ", "ERR_STATE_SAVE"):
             conflict = self._database.write(lambda c: state.put_many(c, self._app, store, request.states))
             if conflict is not None:
                 raise conflict
@@ -136,7 +101,7 @@ class StateService(api_service_v1.DaprServicer):
         store = self._store(request.store_name, context)
         what = f"failed deleting state with key {request.key}: "
         self._check_keys(context, [request.key])
-        with _answering(context, what, "ERR_STATE_DELETE"):
+        with answering(context, what, "ERR_STATE_DELETE"):
             self._database.write(lambda c: state.delete(c, self._app, store, request.key, request.etag.value))
         return empty_pb2.Empty()
 
@@ -153,7 +118,7 @@ class StateService(api_service_v1.DaprServicer):
             return conflict
 
         self._check_keys(context, [item.key for item in request.states])
-        with _answering(context, f"failed deleting state in state store {store}: ", "ERR_STATE_DELETE_BULK"):
+        with answering(context, f"failed deleting state in state store {store}: ", "ERR_STATE_DELETE_BULK"):
             conflict = self._database.write(work)
             if conflict is not None:
                 raise conflict
@@ -166,7 +131,7 @@ class StateService(api_service_v1.DaprServicer):
         for operation in request.operations:
             if operation.operationType not in ("upsert", "delete"):
                 message = f"operation type {operation.operationType} not supported"
-                _abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
+                abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
         what = "error while executing state transaction: "
         self._check_keys(context, [operation.request.key for operation in request.operations])
 
@@ -178,7 +143,7 @@ class StateService(api_service_v1.DaprServicer):
                 else:
                     state.delete(connection, self._app, store, item.key, item.etag.value)
 
-        with _answering(context, what, "ERR_STATE_TRANSACTION", grpc.StatusCode.INTERNAL):
+        with answering(context, what, "ERR_STATE_TRANSACTION", grpc.StatusCode.INTERNAL):
             self._database.write(work)
         return empty_pb2.Empty()
 
@@ -212,7 +177,7 @@ def _refuse_the_rest() -> None:
             "the embedded sidecar of outlast serves state and workflows only; run a real daprd for anything else "
             "(pub/sub, bindings, secrets, actors, jobs, ...)"
         )
-        _abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
+        abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
 
     for name in dir(api_service_v1.DaprServicer):
         if not name.startswith("_") and name not in vars(StateService):
@@ -241,7 +206,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
     ) -> pb.CreateInstanceResponse:
         instance_id = request.instanceId or uuid.uuid4().hex
         if not request.name:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the name of the workflow is missing")
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the name of the workflow is missing")
         event = history.started(
             request.name,
             instance_id,
@@ -259,12 +224,12 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
             except Refused as refused:  # daprd wraps the status of its inner call into the text of the outer one
                 raise Refused(refused.code, f"rpc error: code = AlreadyExists desc = {refused}") from None
 
-        with _answering(context, "failed to create workflow instance: "):
+        with answering(context, "failed to create workflow instance: "):
             self._dispatcher.transact(work)
         return pb.CreateInstanceResponse(instanceId=instance_id)
 
     def GetInstance(self, request: pb.GetInstanceRequest, context: grpc.ServicerContext) -> pb.GetInstanceResponse:
-        with _answering(context), self._database.read() as connection:
+        with answering(context), self._database.read() as connection:
             found = workflows.state_of(
                 connection, self._target(request), request.instanceId, payloads=request.getInputsAndOutputs
             )
@@ -273,7 +238,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
     def _wait(
         self, request: Any, context: grpc.ServicerContext, condition: Callable[[pb.WorkflowState], bool]
     ) -> pb.GetInstanceResponse:
-        with _answering(context):
+        with answering(context):
             found = self._dispatcher.waiters.wait(
                 self._target(request),
                 request.instanceId,
@@ -282,7 +247,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
                 on_end=context.add_callback,
             )
         if found is None:
-            _abort(context, grpc.StatusCode.UNAVAILABLE, "the embedded sidecar is stopping")
+            abort(context, grpc.StatusCode.UNAVAILABLE, "the embedded sidecar is stopping")
         return pb.GetInstanceResponse(exists=True, workflowState=found)
 
     def WaitForInstanceStart(
@@ -297,7 +262,7 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
 
     def _add(self, request: Any, context: grpc.ServicerContext, event: pb.HistoryEvent, what: str = "") -> None:
         app = self._target(request)
-        with _answering(context, what):
+        with answering(context, what):
             self._dispatcher.transact(
                 lambda c, changes: workflows.add_event(c, app, request.instanceId, event, changes)
             )
@@ -339,9 +304,9 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
         self, request: pb.PurgeInstancesRequest, context: grpc.ServicerContext
     ) -> pb.PurgeInstancesResponse:
         if request.HasField("purgeInstanceFilter"):
-            _abort(context, grpc.StatusCode.UNKNOWN, "multi-instance purge is not unimplemented")
+            abort(context, grpc.StatusCode.UNKNOWN, "multi-instance purge is not unimplemented")
         app = self._target(request)
-        with _answering(context, "failed to purge workflow state: "):
+        with answering(context, "failed to purge workflow state: "):
             count = self._dispatcher.transact(
                 lambda c, changes: workflows.purge(
                     c, app, request.instanceId, recursive=request.recursive, force=request.force, changes=changes
@@ -358,12 +323,12 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
         context.send_initial_metadata(())
         yield from stream.items()
         if context.is_active():
-            _abort(context, grpc.StatusCode.UNAVAILABLE, "the embedded sidecar is stopping")
+            abort(context, grpc.StatusCode.UNAVAILABLE, "the embedded sidecar is stopping")
 
     def CompleteActivityTask(
         self, request: pb.ActivityResponse, context: grpc.ServicerContext
     ) -> pb.CompleteTaskResponse:
-        with _answering(context):
+        with answering(context):
             self._dispatcher.complete_task(request)
         return pb.CompleteTaskResponse()
 
@@ -371,22 +336,22 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
         self, request: pb.WorkflowResponse, context: grpc.ServicerContext
     ) -> pb.CompleteTaskResponse:
         try:
-            with _answering(context):
+            with answering(context):
                 self._dispatcher.complete_turn(request)
         except ValueError as error:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return pb.CompleteTaskResponse()
 
     CompleteOrchestratorTask = CompleteWorkflowTask
 
     def RerunWorkflowFromEvent(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
         message = "the embedded sidecar cannot rerun a workflow from an event; run a real daprd for that"
-        _abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
+        abort(context, grpc.StatusCode.UNIMPLEMENTED, message)
 
     def GetInstanceHistory(
         self, request: pb.GetInstanceHistoryRequest, context: grpc.ServicerContext
     ) -> pb.GetInstanceHistoryResponse:
-        with _answering(context), self._database.read() as connection:
+        with answering(context), self._database.read() as connection:
             row = connection.execute(
                 "SELECT iid FROM instances WHERE app = ? AND id = ?", (self._app, request.instanceId)
             ).fetchone()
@@ -400,8 +365,8 @@ class WorkflowService(workflow_grpc.TaskHubSidecarServiceServicer):
         try:
             after = int(request.continuationToken or 0)
         except ValueError:
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid continuation token")
-        with _answering(context), self._database.read() as connection:
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid continuation token")
+        with answering(context), self._database.read() as connection:
             ids, following = workflows.list_ids(connection, self._app, after, request.pageSize or _MAX_PAGE)
         token = None if following is None else str(following)
         return pb.ListInstanceIDsResponse(instanceIds=ids, continuationToken=token)
