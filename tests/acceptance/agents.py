@@ -137,6 +137,18 @@ def line(names: list[str]) -> Any:
     return builder.compile()
 
 
+def endless() -> Any:
+    """A graph that never ends by itself. Each round has an effect of its own."""
+
+    def again(state: Line) -> Any:
+        effect(f"round-{len(state['log'])}")
+        return {"log": ["again"]}
+
+    builder = StateGraph(Line)
+    builder.add_node("again", again).add_edge(START, "again").add_edge("again", "again")
+    return builder.compile()
+
+
 def questions(count: int) -> Any:
     """A graph that asks `count` questions, one superstep each."""
 

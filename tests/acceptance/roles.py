@@ -178,6 +178,8 @@ def only_durable(folder: str, agent_names: list[str]) -> None:
 def _make(name: str, is_async: bool = False) -> Any:
     if name == "trip":
         return durable(agents.trip(is_async), name="trip")
+    if name == "endless":
+        return durable(agents.endless(), name="endless")
     if name.startswith("questions-"):
         return durable(agents.questions(int(name.partition("-")[2])), name=name)
     if name.startswith("line-"):
@@ -216,7 +218,7 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
     match order["do"]:
         case "start":
             options = {"if_busy": order["if_busy"]} if "if_busy" in order else {}
-            arguments = (order["input"], _config(order["thread"]))
+            arguments = (order["input"], {**_config(order["thread"]), **order.get("config", {})})
             if order.get("is_async"):
                 handle = asyncio.run(agent.astart(*arguments, run_id=order["run_id"], **options))
             else:

@@ -102,3 +102,25 @@ def test_another_replica_takes_over(replicated: Stage) -> None:
                 done = scenario.effects - seen
                 assert set(done) == set(EFFECTS)
                 assert not {each for each, count in done.items() if count > (2 if each in again else 1)}, (point, done)
+
+
+def test_kills_do_not_restart_the_recursion_limit(stage: Stage) -> None:
+    """An endless loop that is killed again and again still ends where LangGraph would have ended it."""
+    with stage.scenario("endless") as scenario:
+        names = _names()
+        scenario.fork("client")
+        scenario.at("kill_at", "node round-3 before")
+        worker = scenario.fork("serve", agent_names=["endless"])
+        worker.wait_for_line("serving")
+        scenario.ask("start", "endless", input=INPUT, config={"recursion_limit": 10}, **names)
+        for number in (6, 9):
+            worker.wait()
+            scenario.at("kill_at", f"node round-{number} after")
+            worker = scenario.fork("serve", agent_names=["endless"])
+        worker.wait()
+        scenario.fork("serve", agent_names=["endless"])
+        failure = scenario.ask("result", "endless", run_id=names["run_id"])
+        assert failure["error"] == "RunFailedError"
+        assert "GraphRecursionError" in failure["message"]
+        again = {"round-6": 2, "round-9": 2}
+        assert scenario.effects == {f"round-{number}": again.get(f"round-{number}", 1) for number in range(1, 11)}
