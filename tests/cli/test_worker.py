@@ -22,15 +22,22 @@ def status(cli: Cli, run_id: str) -> str:
 
 
 @pytest.mark.acceptance
-def test_it_carries_on_what_others_submitted(cli: Cli, start: Start) -> None:
-    cli.submit("sample/before/work", wait=False)
+def test_it_carries_on_what_others_submit(cli: Cli, start: Start) -> None:
     worker = start("worker", "sample:agent", "sample:slow_agent")
     worker.wait_for_line("worker ready for sample, slow")
-    cli.submit("sample/after/work", wait=False)
+    cli.submit("sample/r-1/work", wait=False)
 
-    wait_for(lambda: status(cli, "before") == status(cli, "after") == "done", 30, "the runs")
+    wait_for(lambda: status(cli, "r-1") == "done", 30, "the run")
     worker.terminate()
     assert worker.wait() == 0
+
+
+def test_it_carries_on_what_was_submitted_before_it_came(cli: Cli, start: Start) -> None:
+    cli.submit("sample/r-1/work", wait=False)
+    # Asked for by name, it works also where other programs are kept from it.
+    start("worker", "sample:agent", OUTLAST_WORKER="off")
+
+    wait_for(lambda: status(cli, "r-1") == "done", 30, "the run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -38,8 +45,9 @@ def test_it_carries_on_what_others_submitted(cli: Cli, start: Start) -> None:
 def test_it_drains(cli: Cli, start: Start, tmp_path: Path, number: signal.Signals) -> None:
     """The superstep in progress is finished and committed; the next worker goes on with the one after it."""
     log = tmp_path / "steps.log"
-    cli.submit("slow/r-1/0", wait=False)
     worker = start("worker", "sample:slow_agent", "--json", "--grace", "20")
+    worker.wait_for_line('"ready"')
+    cli.submit("slow/r-1/0", wait=False)
     wait_for_lines(log, 3)  # begin 0, end 0, begin 1
     os.kill(worker.pid, number)
 
@@ -68,13 +76,6 @@ def test_it_does_not_wait_longer_than_it_was_given(cli: Cli, start: Start, tmp_p
 
 def test_a_function_that_returns_an_agent(cli: Cli, start: Start) -> None:
     start("worker", "sample:make_agent").wait_for_line("worker ready for sample")
-
-
-def test_it_works_where_other_programs_are_kept_from_it(cli: Cli, start: Start) -> None:
-    cli.submit("sample/r-1/work", wait=False)
-    start("worker", "sample:agent", OUTLAST_WORKER="off")
-
-    wait_for(lambda: status(cli, "r-1") == "done", 30, "the run")
 
 
 def test_it_logs_when_asked_to(cli: Cli, start: Start) -> None:
