@@ -25,6 +25,7 @@ RESULT: Final = "O"
 REGISTRY: Final = "G"
 WORKER: Final = "W"
 STREAM: Final = "T"
+NODE, ENTRIES, ITEM, VALUE = "N", "E", "M", "V"
 CHUNKS: Final = "C"
 CHUNK: Final = "D"
 
