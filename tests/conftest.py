@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Tests start children while gRPC servers run in this process, whose fork handlers would hang or crash them.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

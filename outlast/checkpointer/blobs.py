@@ -6,7 +6,8 @@ its locator:
 * `[pack, index]`: a value in a pack's table; one larger than `INLINE` is a record of its own that the table names. In
   a pack's own rows its name is left empty;
 * `{"l": [length, base, tail]}`: a list, kept by segments. `tail` has up to `TAIL` pairs `[locator, items]`, one for
-  each time the list grew; `base` is the locator of a node that holds what came before, merged into larger segments.
+  each time the list grew; `base` is the locator of a node that holds what came before, merged into larger segments:
+  up to `_FAN` of its own, after those of the full nodes that it names (which name none themselves).
   So a list that grows by one item a turn costs the same at every turn, and is read in a bounded number of bulk reads.
 """
 
@@ -98,16 +99,16 @@ class PackReader:
 
     def fetch(self, locators: Sequence[Locator]) -> Steps[None]:
         """Read everything that `value` needs for `locators`, in a bounded number of bulk reads."""
-        plain = [locator for locator in locators if isinstance(locator, list)]
         lists = [locator["l"] for locator in locators if isinstance(locator, dict)]
-        while lists or plain:
-            plain += [segment for _, _, tail in lists for segment, _ in tail]
-            bases = [base for _, base, _ in lists if base]
-            yield from self._tables([*plain, *bases])
-            nodes = [self._node(base) for base in bases]
-            # A node names its own segments and, for very long lists, the full nodes before it.
-            lists = [[0, None, node["s"]] for node in nodes] + [[0, up, []] for node in nodes for up in node["u"]]
-            plain = []
+        wanted = [locator for locator in locators if isinstance(locator, list)]
+        wanted += [segment for _, _, tail in lists for segment, _ in tail]
+        bases = [base for _, base, _ in lists if base]
+        yield from self._tables([*wanted, *bases])
+        nodes = [self._node(base) for base in bases]
+        full = [up for node in nodes for up in node["u"]]
+        yield from self._tables(full)
+        nodes += [self._node(up) for up in full]
+        yield from self._tables([segment for node in nodes for segment, _ in node["s"]])
 
     def _tables(self, locators: list[Locator]) -> Steps[None]:
         packs = yield from self.packs(name for name, _ in locators)
@@ -141,10 +142,10 @@ class PackReader:
         if place not in copied:
             kind, data = self.typed(locator)
             if kind == _NODE:
-                node = ormsgpack.unpackb(data)
+                node = self._node(locator)
                 segments = [[self.copy(segment, pack, copied), count] for segment, count in node["s"]]
-                moved_node = {"s": segments, "u": [self.copy(up, pack, copied) for up in node["u"]]}
-                data = ormsgpack.packb(moved_node)
+                full = [self.copy(up, pack, copied) for up in node["u"]]
+                data = ormsgpack.packb({"s": segments, "u": full})
             copied[place] = pack.add((kind, data))
         return copied[place]
 
@@ -169,9 +170,8 @@ class PackReader:
     def _segments(self, base: Locator | None) -> list[Locator]:
         if base is None:
             return []
-        node = self._node(base)
-        older = [segment for up in node["u"] for segment in self._segments(up)]
-        return older + [segment for segment, _ in node["s"]]
+        last = self._node(base)
+        return [segment for node in (*map(self._node, last["u"]), last) for segment, _ in node["s"]]
 
     def _node(self, locator: Locator) -> Any:
         kind, data = self.typed(locator)
@@ -235,7 +235,7 @@ def store_list(items: list[Any], old: ListState | None, pack: PackWriter, dumps:
     if covered < len(items):
         tail.append([pack.add(dumps(items[covered:])), len(items) - covered])
     if len(tail) > TAIL:
-        base, node = _merge(items, base, node, tail, pack, dumps)
+        base, node = _merge(items, node, tail, pack, dumps)
         tail = []
     return _list_state(items, len(items), base, tail, node, dumps)
 
@@ -281,7 +281,6 @@ _SCALARS: Final = frozenset((str, int, float, bool, bytes, type(None)))
 
 def _merge(
     items: list[Any],
-    base: Locator | None,
     node: dict[str, Any] | None,
     tail: list[list[Any]],
     pack: PackWriter,
@@ -292,8 +291,9 @@ def _merge(
     merged = dumps(items[covered:])
     segments = [[pack.add(merged), len(items) - covered]] if len(merged[1]) <= _MERGE_LIMIT else tail
     node = node or {"s": [], "u": []}
-    if len(node["s"]) + len(segments) > _FAN and base is not None:
-        node = {"s": segments, "u": [*node["u"], base]}
+    if node["s"] and len(node["s"]) + len(segments) > _FAN:
+        full = pack.add((_NODE, ormsgpack.packb({"s": node["s"], "u": []})))
+        node = {"s": segments, "u": [*node["u"], full]}
     else:
         node = {"s": [*node["s"], *segments], "u": node["u"]}
     return pack.add((_NODE, ormsgpack.packb(node))), node

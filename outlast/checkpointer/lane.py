@@ -188,7 +188,7 @@ class Lanes:
         client: StateClient,
         fence: Fence | None = None,
         after_commit: Callable[[list[Entry]], None] | None = None,
-        keep: int = 256,
+        keep: int = 64,
     ) -> None:
         self.client = client
         self._fence = fence
@@ -196,11 +196,6 @@ class Lanes:
         self._keep = keep
         self._lock = threading.Lock()
         self._lanes: OrderedDict[str, Lane] = OrderedDict()
-
-    @property
-    def single(self) -> bool:
-        """Whether these are the lanes of one attempt, which goes on from what it reads."""
-        return self._fence is not None
 
     def of(self, thread_id: str) -> Lane:
         """Return the lane of a thread."""

@@ -1,4 +1,7 @@
-"""The envelope of every record: magic, format version, kind, checksum, msgpack body; and chunks for large ones."""
+"""The envelope of every record: magic, format version, kind, checksum, msgpack body; and chunks for large ones.
+
+A kind in lower case says that the body is compressed. Ids and names recur so often that most records shrink by half.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,19 @@ from outlast.errors import CorruptRecordError, SerializationError, UnknownFormat
 FORMAT: Final = 1
 _MAGIC: Final = b"OL"
 _HEADER: Final = 8
+_COMPRESS: Final = 200
+_DICTIONARY: Final = (
+    b"tool_call_idtool_callsinvalid_tool_callsusage_metadatainput_tokensoutput_tokenstotal_tokensfinish_reasonmodel_name"
+    b"langchain_core.messages.systemSystemMessagelangchain_core.messages.toolToolMessagestatussuccessartifact"
+    b"langgraph.typesSendCommandInterruptparentssubgraphupdateforkcounters_since_delta_snapshot__interrupt____resume__"
+    b"__error__run_id__pregel_push\xb0channel_versions\xadversions_seen\x83\xa9__input__\x80\xa9__start__\x81\xa9__start__"
+    b"\xb0updated_channels\x91\xadpending_sends\x90\xa1v\x04\xa2ts\xd9 2026-\xa2id\xd9$branch:to:~__pregel_pull, agenttools"
+    b"\x83\xa6source\xa5input\xa6source\xa4loop\xa4step\xa7parents\x80\xa6run_id\xa7msgpack\xa4null\xa8messages"
+    b"langchain_core.messages.ai\xa9AIMessagelangchain_core.messages.human\xacHumanMessage\xa7content"
+    b"\xb1additional_kwargs\x80\xb1response_metadata\x80\xa4type\xa5human\xa4name\xc0\xa2id\xd9$\xa4type\xa2ai\xa4name\xc0"
+    b"\xaatool_calls\x90\xb2invalid_tool_calls\x90\xaeusage_metadata\xc0\xb3model_validate_json"
+)
+"""What packs begin alike with; part of the format, so never changed without a new one."""
 _OPTIONS: Final = ormsgpack.OPT_NON_STR_KEYS
 
 THREAD_HEAD: Final = "H"
@@ -44,6 +60,11 @@ def encode(kind: str, body: Any) -> bytes:
 
 
 def _seal(kind: str, body: bytes) -> bytes:
+    if len(body) > _COMPRESS and kind != CHUNK:
+        packer = zlib.compressobj(6, zdict=_DICTIONARY)
+        small = packer.compress(body) + packer.flush()
+        if len(small) < len(body):
+            kind, body = kind.lower(), small
     head = _MAGIC + bytes((FORMAT,)) + kind.encode("ascii")
     return head + zlib.crc32(head + body).to_bytes(4, "big") + body
 
@@ -62,9 +83,14 @@ def _open(key: str, kinds: str, data: bytes) -> tuple[str, bytes]:
     if zlib.crc32(data[:4] + data[_HEADER:]).to_bytes(4, "big") != data[4:_HEADER]:
         raise CorruptRecordError(f"record {key!r} is damaged: its checksum does not match; restore it from a backup")
     kind = chr(data[3])
-    if kind not in kinds:
+    if kind.upper() not in kinds:
         raise CorruptRecordError(f"record {key!r} is of kind {kind!r} where one of {kinds!r} belongs")
-    return kind, data[_HEADER:]
+    if kind.isupper():
+        return kind, data[_HEADER:]
+    try:
+        return kind.upper(), zlib.decompressobj(zdict=_DICTIONARY).decompress(data[_HEADER:])
+    except zlib.error as error:
+        raise CorruptRecordError(f"record {key!r} is damaged: {error}; restore it from a backup") from error
 
 
 def decode(key: str, kind: str, data: bytes) -> Any:
@@ -95,7 +121,7 @@ def split(key: str, data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
 
 def chunk_keys(key: str, data: bytes) -> list[str]:
     """Return the keys of the chunks that `data`, read at `key`, stands for; an empty list if it is whole."""
-    if len(data) < _HEADER or data[:2] != _MAGIC or data[3:4] != CHUNKS.encode("ascii"):
+    if len(data) < _HEADER or data[:2] != _MAGIC or data[3:4].upper() != CHUNKS.encode("ascii"):
         return []
     count, _ = ormsgpack.unpackb(_open(key, CHUNKS, data)[1])
     return [f"{key}-c{number}" for number in range(count)]

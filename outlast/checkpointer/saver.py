@@ -334,7 +334,7 @@ class DaprSaver(BaseCheckpointSaver[Any]):
                     entry = yield from log.index.latest(head, ns)
                 if entry is None or not entry.pack:
                     return None
-                return (yield from self._tuples(log, [entry]))[0]
+                return (yield from self._tuples(log, [entry], remember=True))[0]
             except CorruptRecordError as error:
                 head = yield from log.reread(head, error)
         return None
@@ -404,7 +404,9 @@ class DaprSaver(BaseCheckpointSaver[Any]):
                 head = yield from log.reread(head, error)
         return [], None
 
-    def _tuples(self, log: ThreadLog, entries: Sequence[Entry]) -> Steps[builtins.list[CheckpointTuple]]:
+    def _tuples(
+        self, log: ThreadLog, entries: Sequence[Entry], remember: bool = False
+    ) -> Steps[builtins.list[CheckpointTuple]]:
         reader = PackReader(log.key, self.serde.loads_typed)
         packs = yield from reader.packs(name for entry in entries for name in (entry.pack, *entry.writes))
         rows = [row_of(log.key, packs, entry) for entry in entries]
@@ -412,14 +414,19 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         wanted = [locator for row in rows for locator in row.locators]
         wanted += [locator for pending in writes for _, _, locator in pending]
         yield from reader.fetch(wanted)
-        return [self._tuple(log, reader, row, pending) for row, pending in zip(rows, writes, strict=True)]
+        return [self._tuple(log, reader, row, pending, remember) for row, pending in zip(rows, writes, strict=True)]
 
     def _tuple(
-        self, log: ThreadLog, reader: PackReader, row: Row, pending: Sequence[tuple[str, str, Any]]
+        self,
+        log: ThreadLog,
+        reader: PackReader,
+        row: Row,
+        pending: Sequence[tuple[str, str, Any]],
+        remember: bool,
     ) -> CheckpointTuple:
         checkpoint = cast(Checkpoint, reader.value(row.checkpoint))
         values = {name: reader.value(locator) for name, locator in row.channels.items()}
-        if self._lanes.single:
+        if remember:
             self._remember(log, reader, row, checkpoint, values)
         parent = _config(log.thread_id, row.ns, row.parent_id) if row.parent_id else None
         return CheckpointTuple(
@@ -433,7 +440,7 @@ class DaprSaver(BaseCheckpointSaver[Any]):
     def _remember(
         self, log: ThreadLog, reader: PackReader, row: Row, checkpoint: Checkpoint, values: dict[str, Any]
     ) -> None:
-        """Let the attempt's next checkpoint share the segments and values of the one it goes on from."""
+        """Let the next checkpoint share the segments and values of the one that a graph now goes on from."""
         lane = self._lanes.of(log.thread_id)
         versions = checkpoint["channel_versions"]
         lane.remember(
