@@ -131,8 +131,8 @@ def _print(report: Report) -> None:
     OUT.print(
         Text.assemble(
             ("back    ", "bold"),
-            f"{report.resumed:.2f} s from starting the process again to its first new step: {report.ready:.2f} s to load\n"
-            f"        Python and the agent and to make the worker ready, and {max(waited, 0):.2f} s more",
+            f"{report.resumed:.2f} s from starting the process again to its first new step: {report.ready:.2f} s to\n"
+            f"        load Python and the agent and to make the worker ready, and {max(waited, 0):.2f} s more",
         ),
         soft_wrap=True,
     )
