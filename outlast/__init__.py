@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from outlast.checkpointer.client import Guarantee
 from outlast.errors import (
     AgentNotFoundError,
     CorruptRecordError,
@@ -65,6 +66,7 @@ def durable(
     name: str | None = None,
     store: str = "statestore",
     runtime: Runtime | None = None,
+    guarantee: Guarantee | None = None,
     **options: Any,
 ) -> Any:
     """Return a durable form of an agent: the same calls, the same results, and runs that survive the process.
@@ -76,6 +78,7 @@ def durable(
         name: Finds the agent's runs again after a restart: keep it. Default: the agent's or the function's own name.
         store: Name of the Dapr state store component.
         runtime: Use this runtime instead of the process's own for `store`.
+        guarantee: `exactly-once` (default) refuses a store without a sound compare-and-swap; `at-least-once` takes any.
         **options: Options of the framework's adapter, such as `if_busy="reject"`.
 
     Raises:
@@ -84,7 +87,7 @@ def durable(
         DuplicateAgentError: If another agent of this process has the name.
     """
     if agent is None:
-        return functools.partial(durable, name=name, store=store, runtime=runtime, **options)
+        return functools.partial(durable, name=name, store=store, runtime=runtime, guarantee=guarantee, **options)
     from outlast.adapters import adapt
 
-    return adapt(agent, name, runtime or default_runtime(store), **options)
+    return adapt(agent, name, runtime or default_runtime(store, guarantee), **options)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import base64
+import binascii
+import hashlib
 import logging
+import re
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import grpc
 from dapr.conf import settings
@@ -33,6 +37,9 @@ from outlast.errors import (
 logger = logging.getLogger("outlast.store")
 
 T = TypeVar("T")
+
+Guarantee = Literal["exactly-once", "at-least-once"]
+"""What a store must be able to promise: see `StateClient`."""
 
 _FIRST_WRITE: Final = common_v1.StateOptions(concurrency=common_v1.StateOptions.CONCURRENCY_FIRST_WRITE)
 _OUTAGE: Final = 30.0
@@ -114,13 +121,29 @@ Steps = Generator[Operation, Any, T]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What the sidecar says of a state store component, corrected by what is known of its kind."""
+    """What the sidecar says of a state store component, corrected by what is known of its kind.
+
+    Attributes:
+        guarantee: What the store really gives, whatever less was asked for.
+        etags: Whether it has ETags, sound ones or not.
+    """
 
     component_type: str
     version: str
     transactional: bool
     ttl: bool
     quirks: quirks.Quirks
+    guarantee: Guarantee = "exactly-once"
+    etags: bool = True
+
+
+_Calls = Generator[tuple[str, Any], Any, T]
+"""An operation as requests: yields a method and its request, is sent the reply or the error, returns the result."""
+_WAIT: Final = "wait"
+"""In place of a method: the request is a number of seconds to sleep."""
+_BULK: Final = 50
+_BULK_READ: Final = 100
+_CHUNK: Final = re.compile(r"-c\d+$")
 
 
 class StateClient:
@@ -129,10 +152,16 @@ class StateClient:
     Args:
         store: Name of the state store component.
         address: The sidecar; found in the environment, or started embedded, if not given.
+        guarantee: What the store must be able to promise. `exactly-once` refuses one without a sound compare-and-swap.
+            `at-least-once` takes any: where there is no compare-and-swap, a head is compared and then written in two
+            requests, which is right with one writer at a time only; two at once may lose what one of them wrote.
     """
 
-    def __init__(self, store: str, address: Address | None = None) -> None:
+    def __init__(self, store: str, address: Address | None = None, *, guarantee: Guarantee = "exactly-once") -> None:
+        if guarantee not in ("exactly-once", "at-least-once"):
+            raise ValueError(f"unknown guarantee {guarantee!r}: use 'exactly-once' or 'at-least-once'")
         self.store = store
+        self.guarantee: Guarantee = guarantee
         self.address = address or locate()
         self._metadata = (("dapr-api-token", settings.DAPR_API_TOKEN),) if settings.DAPR_API_TOKEN else ()
         self._lock = threading.Lock()
@@ -194,6 +223,10 @@ class StateClient:
         try:
             method, request = next(calls)
             while True:
+                if method == _WAIT:
+                    time.sleep(request)
+                    method, request = calls.send(None)
+                    continue
                 started = time.monotonic()
                 delay = 0.05
                 while True:
@@ -218,6 +251,10 @@ class StateClient:
         try:
             method, request = next(calls)
             while True:
+                if method == _WAIT:
+                    await asyncio.sleep(request)
+                    method, request = calls.send(None)
+                    continue
                 started = time.monotonic()
                 delay = 0.05
                 while True:
@@ -240,35 +277,59 @@ class StateClient:
 
     # --- operations as gRPC calls: yields (method, request), is sent the reply or the RpcError
 
-    def _calls(self, operation: Operation) -> Generator[tuple[str, Any], Any, Any]:
+    def _calls(self, operation: Operation) -> _Calls[Any]:
         if self._capabilities is None:
             yield from self._discover()
         match operation:
             case Get():
                 return (yield from self._get(list(operation.keys)))
             case Save():
+                self._refuse_too_large(operation.records)
                 yield from self._save(operation.records, operation.ttl)
             case Create():
+                self._refuse_too_large([(operation.key, operation.value)])
                 return (yield from self._create(operation))
             case Swap():
+                self._refuse_too_large([*operation.records, (operation.key, operation.value)])
                 return (yield from self._swap(operation))
             case Delete():
                 for start in range(0, len(operation.keys), 100):
-                    states = [common_v1.StateItem(key=key) for key in operation.keys[start : start + 100]]
-                    reply = yield (
-                        "DeleteBulkState",
-                        api_v1.state_pb2.DeleteBulkStateRequest(store_name=self.store, states=states),
-                    )
-                    self._check(reply)
+                    yield from self._delete(operation.keys[start : start + 100])
         return None
 
-    def _get(self, keys: list[str]) -> Generator[tuple[str, Any], Any, dict[str, Item]]:
+    # The form in which values are stored is known here and nowhere else.
+
+    def _stored(self, data: bytes) -> bytes:
+        return base64.b64encode(data) if self.capabilities.quirks.text else data
+
+    def _item(self, data: bytes, etag: str) -> Item:
+        if data and self.capabilities.quirks.text:
+            try:
+                data = base64.b64decode(data, validate=True)
+            except binascii.Error:
+                pass  # not ours: whoever decodes the record says so
+        if not data:
+            return Item()
+        if not self.capabilities.etags:
+            # What a compare in place of a compare-and-swap goes by.
+            etag = hashlib.sha256(data).hexdigest()
+        return Item(data, etag)
+
+    def _refuse_too_large(self, pairs: Sequence[tuple[str, bytes]]) -> None:
+        limit = self.capabilities.quirks.max_value
+        for key, value in pairs:
+            if len(value) > limit:
+                raise RecordTooLargeError(
+                    f"record {key!r} has {len(value)} bytes, {self.capabilities.component_type} takes {limit}; "
+                    "nothing was written. Use a state store with larger values, such as state.postgresql"
+                )
+
+    def _get(self, keys: list[str]) -> _Calls[dict[str, Item]]:
         if len(keys) == 1:
-            reply = yield "GetState", api_v1.state_pb2.GetStateRequest(store_name=self.store, key=keys[0])
-            self._check(reply)
-            return {keys[0]: Item(reply.data, reply.etag)}
+            return {keys[0]: (yield from self._get_one(keys[0]))}
+        known = self.capabilities.quirks
         found: dict[str, Item] = {}
-        batches = [keys[start : start + 100] for start in range(0, len(keys), 100)]
+        batches = list(_by_size(keys, known))
         while batches:
             batch = batches.pop()
             reply = yield (
@@ -281,47 +342,111 @@ class StateClient:
                 continue
             self._check(reply)
             for item in reply.items:
-                if item.error:
+                if item.error and not (known.absent and known.absent in item.error):
                     raise StoreError(f"state store {self.store!r} could not read {item.key!r}: {item.error}")
-                found[item.key] = Item(item.data, item.etag)
+                found[item.key] = self._item(item.data, item.etag)
+        if known.strong_reads:
+            # A bulk read has no consistency to ask for: what it does not see may be there all the same.
+            for key in keys:
+                if key not in found or not found[key].data:
+                    found[key] = yield from self._get_one(key)
         return {key: found.get(key, Item()) for key in keys}
 
-    def _save(
-        self, pairs: Sequence[tuple[str, bytes]], ttl: int | None = None
-    ) -> Generator[tuple[str, Any], Any, None]:
-        metadata = {"ttlInSeconds": str(ttl)} if ttl and self.capabilities.ttl else {}
+    def _get_one(self, key: str) -> _Calls[Item]:
+        known = self.capabilities.quirks
+        options = common_v1.StateOptions
+        consistency = options.CONSISTENCY_STRONG if known.strong_reads else options.CONSISTENCY_UNSPECIFIED
+        reply = yield (
+            "GetState",
+            api_v1.state_pb2.GetStateRequest(store_name=self.store, key=key, consistency=consistency),
+        )
+        if known.absent and isinstance(reply, grpc.RpcError) and known.absent in (reply.details() or ""):
+            return Item()
+        self._check(reply)
+        return self._item(reply.data, reply.etag)
+
+    def _save(self, pairs: Sequence[tuple[str, bytes]], ttl: int | None = None) -> _Calls[None]:
+        capabilities = self.capabilities
+        metadata = {"ttlInSeconds": str(max(ttl, capabilities.quirks.min_ttl))} if ttl and capabilities.ttl else {}
         batch: list[Any] = []
         size = 0
         for key, value in pairs:
+            data = self._stored(value)
             # Small batches: a bulk save is not atomic and some components run it unbounded in parallel.
-            if batch and (len(batch) >= 50 or size + len(value) > quirks.MAX_MESSAGE - 500_000):
-                self._check((yield "SaveState", self._save_request(batch)))
+            if batch and (len(batch) >= _BULK or size + len(data) > quirks.MAX_MESSAGE - 500_000):
+                yield from self._save_batch(batch)
                 batch, size = [], 0
-            batch.append(common_v1.StateItem(key=key, value=value, metadata=metadata))
-            size += len(value)
+            batch.append(common_v1.StateItem(key=key, value=data, metadata=metadata))
+            size += len(data)
         if batch:
-            self._check((yield "SaveState", self._save_request(batch)))
+            yield from self._save_batch(batch)
+
+    def _save_batch(self, items: list[Any]) -> _Calls[None]:
+        reply = yield "SaveState", self._save_request(items)
+        if _code(reply) in (None, *_REFUSED) or len(items) == 1:
+            return self._check(reply)
+        # Some of it may be there, and no answer says which. Nobody else writes these keys: write them again.
+        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+            yield from self._save_batch(half)
 
     def _save_request(self, items: list[Any]) -> Any:
         return api_v1.state_pb2.SaveStateRequest(store_name=self.store, states=items)
 
-    def _create(self, operation: Create) -> Generator[tuple[str, Any], Any, bool]:
-        item = common_v1.StateItem(key=operation.key, value=operation.value, options=_FIRST_WRITE)
-        reply = yield "SaveState", self._save_request([item])
-        return self._settled(reply)
-
-    def _swap(self, operation: Swap) -> Generator[tuple[str, Any], Any, bool]:
-        head = common_v1.StateItem(
-            key=operation.key, value=operation.value, etag=common_v1.Etag(value=operation.etag), options=_FIRST_WRITE
+    def _delete(self, keys: Sequence[str]) -> _Calls[None]:
+        states = [common_v1.StateItem(key=key) for key in keys]
+        reply = yield (
+            "DeleteBulkState",
+            api_v1.state_pb2.DeleteBulkStateRequest(store_name=self.store, states=states),
         )
+        if _code(reply) in (None, *_REFUSED):
+            return self._check(reply)
+        # Some components fail on a key that is not there, and then it is not said what became of the others.
+        for key in keys:
+            if (yield from self._get_one(key)).data:
+                reply = yield "DeleteState", api_v1.state_pb2.DeleteStateRequest(store_name=self.store, key=key)
+                if _code(reply) is not None and (yield from self._get_one(key)).data:
+                    self._check(reply)
+
+    def _create(self, operation: Create) -> _Calls[bool]:
+        capabilities = self.capabilities
+        known = capabilities.quirks
+        value = self._stored(operation.value)
+        if capabilities.guarantee != "exactly-once":
+            if (yield from self._get_one(operation.key)).data:
+                return False
+            self._check((yield "SaveState", self._save_request([_plain(operation.key, value)])))
+            return True
+        if known.create == "etag":
+            item = _conditional(operation.key, value, known.no_etag)
+        else:
+            item = common_v1.StateItem(key=operation.key, value=value, options=_FIRST_WRITE)
+        if known.create == "settle":
+            if (yield from self._get_one(operation.key)).data:
+                return False
+            yield "SaveState", self._save_request([item])
+            # Whoever saw nothing there before this was written has written by then.
+            yield _WAIT, quirks.SETTLE
+            return (yield from self._get_one(operation.key)).data == operation.value
+        return self._settled((yield "SaveState", self._save_request([item])))
+
+    def _swap(self, operation: Swap) -> _Calls[bool]:
+        capabilities = self.capabilities
+        known = capabilities.quirks
+        value = self._stored(operation.value)
+        if not capabilities.etags:
+            if (yield from self._get_one(operation.key)).etag != operation.etag:
+                return False
+            yield from self._save(operation.records)
+            self._check((yield "SaveState", self._save_request([_plain(operation.key, value)])))
+            return True
+        head = _conditional(operation.key, value, operation.etag)
         pairs = operation.records
-        size = sum(len(value) for _, value in pairs) + len(operation.value)
-        fits = size < quirks.MAX_MESSAGE - 500_000 and len(pairs) < self.capabilities.quirks.max_operations
-        if not (pairs and fits and self.capabilities.transactional):
+        size = sum(len(data) for _, data in pairs) * (4 if known.text else 3) // 3 + len(value)
+        fits = size < known.max_transaction and len(pairs) < known.max_operations
+        if not (pairs and fits and capabilities.transactional):
             yield from self._save(pairs)
-            reply = yield "SaveState", self._save_request([head])
-            return self._settled(reply)
-        items = [common_v1.StateItem(key=key, value=value) for key, value in pairs]
+            return self._settled((yield "SaveState", self._save_request([head])))
+        items = [_plain(key, self._stored(data)) for key, data in pairs]
         reply = yield (
             "ExecuteStateTransaction",
             api_v1.state_pb2.ExecuteStateTransactionRequest(
@@ -353,14 +478,14 @@ class StateClient:
         Raises:
             SidecarUnavailableError: If no sidecar answers.
             StoreNotFoundError: If the sidecar has no such component.
-            UnsupportedStoreError: If the component cannot compare-and-swap.
+            UnsupportedStoreError: If the component cannot compare-and-swap and `guarantee` insists on it.
         """
         if self._capabilities is None:
             self._perform(Delete(()))
         assert self._capabilities is not None
         return self._capabilities
 
-    def _discover(self) -> Generator[tuple[str, Any], Any, None]:
+    def _discover(self) -> _Calls[None]:
         reply = yield "GetMetadata", api_v1.metadata_pb2.GetMetadataRequest()
         self._check(reply)
         stores = {c.name: c for c in reply.registered_components if c.type.startswith("state.")}
@@ -371,19 +496,42 @@ class StateClient:
                 "or add the component's YAML to the sidecar's resources"
             )
         component = stores[self.store]
-        known = quirks.of(component.type)
-        if "ETAG" not in component.capabilities or not known.sound_cas:
+        known = quirks.of(component.type, component.version)
+        etags = "ETAG" in component.capabilities
+        sound = etags and known.sound_cas
+        why = known.why if etags or not known.sound_cas else "it has no ETags"
+        if not sound and self.guarantee == "exactly-once":
             raise UnsupportedStoreError(
                 f"state store {self.store!r} ({component.type}) cannot hold exactly-once state: "
-                f"{known.why or 'it has no ETags'}. Choose a component with optimistic concurrency, such as "
-                "state.postgresql, state.redis, state.sqlite, state.mysql or state.mongodb"
+                f"{why}. Choose a component with optimistic concurrency, such as "
+                "state.postgresql, state.redis, state.sqlite, state.mysql or state.mongodb; or, if only one process "
+                'at a time ever writes to a thread, ask for guarantee="at-least-once"'
+            )
+        if not sound:
+            logger.warning(
+                "state store %r (%s) gives at-least-once only: %s. Two processes that write to one thread at the same "
+                "time may lose what one of them wrote",
+                self.store,
+                component.type,
+                why,
+            )
+        elif known.create == "settle":
+            logger.warning(
+                "state store %r (%s): %s. Two processes that create one thread within %s s of each other are kept "
+                "apart only while none of them is held up for longer than that",
+                self.store,
+                component.type,
+                known.why,
+                quirks.SETTLE,
             )
         self._capabilities = Capabilities(
             component_type=component.type,
             version=component.version,
-            transactional="TRANSACTIONAL" in component.capabilities,
-            ttl="TTL" in component.capabilities,
+            transactional="TRANSACTIONAL" in component.capabilities and known.transactions,
+            ttl="TTL" in component.capabilities and known.ttl,
             quirks=known,
+            guarantee="exactly-once" if sound else "at-least-once",
+            etags=etags,
         )
 
     def _check(self, reply: Any) -> None:
@@ -422,6 +570,28 @@ _REFUSED: Final = (
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNIMPLEMENTED,
 )
+
+
+def _plain(key: str, value: bytes) -> Any:
+    return common_v1.StateItem(key=key, value=value)
+
+
+def _conditional(key: str, value: bytes, etag: str) -> Any:
+    return common_v1.StateItem(key=key, value=value, etag=common_v1.Etag(value=etag), options=_FIRST_WRITE)
+
+
+def _by_size(keys: Sequence[str], known: quirks.Quirks) -> Iterator[list[str]]:
+    """Cut `keys` into bulk reads. Chunks are as large as the store takes, so only a few of them fit in a reply."""
+    few = max(1, (quirks.MAX_MESSAGE - 500_000) // known.max_stored)
+    batch: list[str] = []
+    for key in keys:
+        chunks = bool(_CHUNK.search(key))
+        if len(batch) >= (few if chunks else _BULK_READ) or (batch and bool(_CHUNK.search(batch[0])) != chunks):
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
 
 
 def _code(reply: Any) -> grpc.StatusCode | None:

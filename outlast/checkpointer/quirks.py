@@ -65,11 +65,21 @@ class Quirks:
 
 _NO_ETAGS: Final = "it has no ETags, so of two writers the later one silently wins"
 
+UNKNOWN: Final = Quirks(
+    text=True, transactions=False, max_stored=300_000, create="settle", measured=False, why="never measured"
+)
+"""What is taken of a component that is not in the table: nothing that could be wrong, if its ETags are sound."""
+
 TABLE: Final[dict[str, Quirks]] = {
     "state.in-memory": Quirks(why="nothing outlives daprd: for tests"),
     "state.sqlite": Quirks(),
     "state.postgresql": Quirks(),
+    "state.postgres": Quirks(),
     "state.cockroachdb": Quirks(),
+    # An implementation of its own, older than the one it shares with PostgreSQL.
+    "state.cockroachdb/v1": UNKNOWN,
+    "state.yugabytedb": Quirks(),
+    "state.yugabyte": Quirks(),
     "state.mysql": Quirks(why="keys that differ in case, accents or trailing spaces are one key; outlast's do not"),
     # A refused ETag leaves the other operations of a transaction applied, a put-if-absent inside one protects nothing,
     # and ETags begin again after a delete.
@@ -113,12 +123,7 @@ TABLE: Final[dict[str, Quirks]] = {
     "state.rethinkdb": Quirks(sound_cas=False, text=True, measured=False, why=_NO_ETAGS),
 }
 
-UNKNOWN: Final = Quirks(
-    text=True, transactions=False, max_stored=300_000, create="settle", measured=False, why="never measured"
-)
-"""What is taken of a component that is not in the table: nothing that could be wrong, if its ETags are sound."""
 
-
-def of(component_type: str) -> Quirks:
-    """Return the quirks of a component of `component_type`, such as `state.redis`."""
-    return TABLE.get(component_type, UNKNOWN)
+def of(component_type: str, version: str = "") -> Quirks:
+    """Return the quirks of a component of `component_type`, such as `state.redis`, in the row of its version if any."""
+    return TABLE.get(f"{component_type}/{version}") or TABLE.get(component_type, UNKNOWN)

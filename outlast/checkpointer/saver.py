@@ -25,7 +25,7 @@ from langgraph.checkpoint.serde.types import ERROR
 
 from outlast.checkpointer import upkeep
 from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed, store_list
-from outlast.checkpointer.client import StateClient, Steps
+from outlast.checkpointer.client import Guarantee, StateClient, Steps
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.lane import Lane, Lanes
 from outlast.checkpointer.registry import THREADS
@@ -133,6 +133,8 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         store: Name of the state store component.
         serde: Serialises values; LangGraph's msgpack serialiser if not given. `EncryptedSerializer` works.
         client: The store to use instead of the one named `store`.
+        guarantee: `exactly-once` refuses a store without a sound compare-and-swap; `at-least-once` takes any, for
+            threads that one process at a time writes to.
 
     Raises:
         SidecarUnavailableError: If the configured sidecar's address is not valid.
@@ -140,11 +142,16 @@ class DaprSaver(BaseCheckpointSaver[Any]):
     """
 
     def __init__(
-        self, store: str = "statestore", *, serde: SerializerProtocol | None = None, client: StateClient | None = None
+        self,
+        store: str = "statestore",
+        *,
+        serde: SerializerProtocol | None = None,
+        client: StateClient | None = None,
+        guarantee: Guarantee = "exactly-once",
     ) -> None:
         super().__init__(serde=serde)
         # LangGraph clones savers with copy.copy: whatever changes is in this one shared object.
-        self._lanes = Lanes(client or StateClient(store))
+        self._lanes = Lanes(client or StateClient(store, guarantee=guarantee))
 
     @property
     def client(self) -> StateClient:

@@ -14,7 +14,7 @@ import grpc
 from dapr.ext.workflow import DaprWorkflowClient
 
 from outlast.checkpointer import keys, records
-from outlast.checkpointer.client import Save, StateClient, Steps, load
+from outlast.checkpointer.client import Guarantee, Save, StateClient, Steps, load
 from outlast.checkpointer.registry import RUNS
 from outlast.checkpointer.sidecar import Address, configured
 from outlast.errors import AgentNotFoundError, DuplicateAgentError, SidecarUnavailableError, StoreError
@@ -37,10 +37,14 @@ class Runtime:
     Args:
         store: Name of the state store component.
         address: The sidecar; found in the environment, or started embedded on first use, if not given.
+        guarantee: See StateClient.
     """
 
-    def __init__(self, store: str = "statestore", address: Address | None = None) -> None:
+    def __init__(
+        self, store: str = "statestore", address: Address | None = None, *, guarantee: Guarantee = "exactly-once"
+    ) -> None:
         self.store = store
+        self.guarantee: Guarantee = guarantee
         self.agents: dict[str, Agent] = {}
         self._address = address
         self._lock = threading.RLock()
@@ -54,7 +58,7 @@ class Runtime:
         """The state store."""
         with self._lock:
             if self._client is None:
-                self._client = StateClient(self.store, self._address)
+                self._client = StateClient(self.store, self._address, guarantee=self.guarantee)
             return self._client
 
     @property
@@ -323,9 +327,19 @@ _RUNTIMES: dict[str, Runtime] = {}
 _RUNTIMES_LOCK = threading.Lock()
 
 
-def default_runtime(store: str = "statestore") -> Runtime:
-    """Return the process's runtime for a state store."""
+def default_runtime(store: str = "statestore", guarantee: Guarantee | None = None) -> Runtime:
+    """Return the process's runtime for a state store.
+
+    Args:
+        guarantee: See StateClient; the one it was made with, or `exactly-once`, if not given.
+
+    Raises:
+        ValueError: If the runtime was made with another guarantee.
+    """
     with _RUNTIMES_LOCK:
-        if store not in _RUNTIMES:
-            _RUNTIMES[store] = Runtime(store)
-        return _RUNTIMES[store]
+        runtime = _RUNTIMES.get(store)
+        if runtime is None:
+            runtime = _RUNTIMES[store] = Runtime(store, guarantee=guarantee or "exactly-once")
+        elif guarantee not in (None, runtime.guarantee):
+            raise ValueError(f"store {store!r} is in use with guarantee={runtime.guarantee!r}: use one for all agents")
+        return runtime
