@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Durable LangGraph and OpenAI Agents runs on Dapr: kill the process, the run goes on by itself.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo)
