@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-
-# Tests start children while gRPC servers run in this process, whose fork handlers would hang or crash them.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +12,9 @@ from tests.harness.daprd import DaprCluster
 from tools.get_dapr import DaprNotFound, find
 
 EMBEDDED, DAPRD = "embedded", "daprd"
+
+# Tests start children while gRPC servers run in this process, whose fork handlers would hang or crash them.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -69,7 +69,8 @@ class RunHead:
         running: The attempt in progress, if any.
         base: Root checkpoint of the thread when the first attempt began; empty for a new thread, None before.
         signals: Names of the records of signals not yet consumed, oldest first.
-        taken: What the adapter notes of the signal it is applying.
+        taken: What the adapter notes of the signal it is applying; `signal` is the name of its record.
+        call: Name of the record of the signal whose options are in force; empty while those of the submission are.
         result: Name of the record of the newest result.
         error: Type and message of the exception the run failed with.
         cancel: Whether somebody asked the run to end.
@@ -88,6 +89,7 @@ class RunHead:
     base: str | None = None
     signals: tuple[str, ...] = ()
     taken: dict[str, Any] | None = None
+    call: str = ""
     result: str = ""
     error: tuple[str, str] | None = None
     cancel: bool = False
@@ -287,11 +289,16 @@ def settle(
             return None
         if now.running != head.running or now.ended:
             raise FencedError(f"run {head.run_id!r} was taken over; what this attempt found is dropped")
-        taken = now.taken["signal"] if now.taken else None
-        left = tuple(signal for signal in now.signals if signal != taken)
-        return replace(now, status=status, running=None, result=name, error=error, signals=left, taken=None)
+        now = spent(now, now.taken["signal"]) if now.taken else now
+        return replace(now, status=status, running=None, result=name, error=error)
 
     return (yield from change(head.run_id, end))
+
+
+def spent(now: RunHead, signal: str) -> RunHead:
+    """Return the head without a signal that was applied; the options that came with it are in force from then on."""
+    call = signal if now.taken and now.taken["signal"] == signal and now.taken.get("call") else now.call
+    return replace(now, signals=tuple(name for name in now.signals if name != signal), taken=None, call=call)
 
 
 def release(head: RunHead) -> Steps[str | None]:

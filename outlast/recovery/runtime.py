@@ -231,10 +231,10 @@ class Runtime:
     # --- callers in this process
 
     def attachment(self, run_id: str) -> Attachment | None:
-        """Return the caller that waits for a run in this process, the first if there are several."""
+        """Return the caller that waits for a run in this process, the last to come if there are several."""
         with self._lock:
             waiting = self._attachments.get(run_id)
-            return waiting[0] if waiting else None
+            return waiting[-1] if waiting else None
 
     def attach(self, run_id: str, attachment: Attachment) -> None:
         """Enter a caller that waits for a run."""

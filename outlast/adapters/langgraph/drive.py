@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeVar, cast
 from langchain_core.runnables import RunnableConfig
 from langgraph._internal._config import DEFAULT_RECURSION_LIMIT
 from langgraph.checkpoint.base import CheckpointTuple
-from langgraph.errors import GraphDrained, GraphRecursionError
+from langgraph.errors import ErrorCode, GraphDrained, GraphRecursionError, create_error_message
 from langgraph.pregel import Pregel
 from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
@@ -21,7 +21,7 @@ from outlast.checkpointer.head import Entry
 from outlast.checkpointer.saver import DaprSaver
 from outlast.errors import FencedError, SidecarUnavailableError, StoreError
 from outlast.recovery.attempt import Attempt, Outcome
-from outlast.recovery.runs import RunHead, Typed
+from outlast.recovery.runs import RunHead, Typed, spent
 from outlast.recovery.worker import describe
 
 _NULL_TASK: Final = "00000000-0000-0000-0000-000000000000"
@@ -34,12 +34,18 @@ Position = Literal["absent", "finished", "failed", "interrupted", "breakpoint", 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Let LangGraph run; the result is what `invoke` returns. With `published`, as a stream that callers follow."""
+    """Let LangGraph run; the result is what `invoke` returns.
+
+    Attributes:
+        published: Whether callers may follow it as a stream.
+        repeats: Whether LangGraph will first show a state that the caller's own call would not show again.
+    """
 
     input: Any
     config: RunnableConfig
     control: RunControl
     published: bool = True
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,7 @@ class Note:
     change: Callable[[RunHead], RunHead | None]
 
 
-@dataclass(frozen=True)
-class Signal:
-    """Read the oldest signal of the run; the result is its value."""
-
-    name: str
-
-
-Call = Stretch | Saved | State | Note | Signal
+Call = Stretch | Saved | State | Note
 Steps = Generator[Call, Any, T]
 
 
@@ -83,6 +82,7 @@ class Drive:
         submitted: What `payload.decode` returned.
         config: The config for LangGraph, with thread and run id.
         dumps: Serialises a result.
+        answer: The oldest signal of the run, decoded, if it has any.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Drive:
         config: RunnableConfig,
         saver: DaprSaver,
         dumps: Callable[[Any], Typed],
+        answer: Mapping[str, Any] | None,
     ) -> None:
         self.attempt = attempt
         self.submitted = submitted
@@ -100,13 +101,18 @@ class Drive:
         self._dumps = dumps
         self._config = config
         self._control = RunControl()
+        self._answer_given = answer
         self._first_step = -2
+        self._left: int | None = None
         self.saver = saver.fenced(attempt.fence, self._committed)
         self.graph = graph.copy({"checkpointer": self.saver})
 
     def _committed(self, entries: Sequence[Entry]) -> None:
         # Only at a checkpoint of the root graph: a drain in between would skip work of subgraphs without checkpointer.
-        if self.attempt.draining and any(entry.pack and not entry.ns for entry in entries):
+        roots = sum(1 for entry in entries if entry.pack and not entry.ns)
+        if self._left is not None:
+            self._left -= roots
+        if roots and (self.attempt.draining or self._left == 0):
             self._control.request_drain("outlast")
 
     @property
@@ -119,7 +125,13 @@ class Drive:
         try:
             return (yield from self._steps())
         except GraphDrained:
+            if self._left == 0:
+                error: Exception = self._limit_reached()
+                return Outcome("failed", error=describe(error), exception=error)
             return Outcome("yielded")
+        except GraphRecursionError:
+            error = self._limit_reached()
+            return Outcome("failed", error=describe(error), exception=error)
         except (FencedError, StoreError, SidecarUnavailableError):
             raise
         except Exception as error:
@@ -133,6 +145,7 @@ class Drive:
             base = (yield Saved(self.attempt.head.base)) if self.attempt.head.base else None
         self._first_step = _step(base)
         given: Any = None
+        self._repeats = not isinstance(self.submitted["input"], Command | None)
         if not started:
             given = self.submitted["input"]
             if given is not None or "checkpoint_id" in self._config["configurable"]:
@@ -198,7 +211,8 @@ class Drive:
         config = {**self._config, "configurable": configurable}
         if self.attempt.draining:
             self._control.request_drain("outlast")
-        out = yield Stretch(given, self._limited(saved, cast(RunnableConfig, config)), self._control)
+        limited = self._limited(saved, cast(RunnableConfig, config))
+        out = yield Stretch(given, limited, self._control, repeats=self._repeats)
         state = yield State()
         # A normal return with tasks left is an interrupt, or a static breakpoint.
         return self._waiting(out) if state.tasks else Outcome("done", result=self._dumps(out))
@@ -213,18 +227,31 @@ class Drive:
 
     def _limited(self, saved: CheckpointTuple | None, config: RunnableConfig) -> RunnableConfig:
         """Carry the recursion limit over: LangGraph counts anew in each stretch, and a loop would never end."""
-        own = (self.graph.config or {}).get("recursion_limit")
-        limit = config.get("recursion_limit") or own or DEFAULT_RECURSION_LIMIT
+        limit = self._limit
         now = _step(saved)
         last = self._first_step + limit + 2
         if saved is None or now <= self._first_step:
             return {**config, "recursion_limit": limit}
         if now + 1 > last:
-            raise GraphRecursionError(
-                f"Recursion limit of {limit} reached without hitting a stop condition. You can increase the limit by "
-                "setting the `recursion_limit` config key."
-            )
+            raise self._limit_reached()
+        if last - now < 3:
+            # LangGraph takes no limit below 1, which would let it run further than the first stretch would have.
+            self._left = last - now
         return {**config, "recursion_limit": max(1, last - now - 2)}
+
+    @property
+    def _limit(self) -> int:
+        own = (self.graph.config or {}).get("recursion_limit")
+        return int(self._config.get("recursion_limit") or own or DEFAULT_RECURSION_LIMIT)
+
+    def _limit_reached(self) -> GraphRecursionError:
+        return GraphRecursionError(
+            create_error_message(
+                message=f"Recursion limit of {self._limit} reached without hitting a stop condition. You can increase "
+                "the limit by setting the `recursion_limit` config key.",
+                error_code=ErrorCode.GRAPH_RECURSION_LIMIT,
+            )
+        )
 
     # --- waiting
 
@@ -266,16 +293,20 @@ class Drive:
         name = head.signals[0]
         checkpoint = saved.config["configurable"]["checkpoint_id"]
         answers = _answers(saved)
-        value = yield Signal(name)
         noted = head.taken if head.taken and head.taken["signal"] == name else None
         if noted and (noted["checkpoint"] != checkpoint or noted["answers"] != answers):
             # The graph took this answer before the last attempt ended, and waits for another one by now.
             self.attempt.head = yield Note(lambda now: _spent(now, name))
-            return (yield from self._answer(state, saved, position))
+            # Another signal comes with options of its own: let the next attempt take it.
+            return None, True
+        assert self._answer_given is not None
+        value = self._answer_given["input"]
         if not noted:
-            taken = {"signal": name, "checkpoint": checkpoint, "answers": answers}
+            call = "config" in self._answer_given
+            taken = {"signal": name, "checkpoint": checkpoint, "answers": answers, "call": call}
             self.attempt.head = yield Note(lambda now: replace(now, taken=taken))
         repeated = noted is not None and any(task_id == _NULL_TASK for task_id, _, _ in saved.pending_writes or ())
+        self._repeats = False
         return _as_input(value, state, repeated), False
 
 
@@ -310,7 +341,7 @@ def _as_input(value: Any, state: StateSnapshot, repeated: bool) -> Any:
 def _spent(now: RunHead, name: str) -> RunHead | None:
     if name not in now.signals:
         return None
-    return replace(now, signals=tuple(other for other in now.signals if other != name), taken=None)
+    return spent(now, name)
 
 
 def is_answer_by_id(resume: Any) -> bool:

@@ -7,7 +7,7 @@ import concurrent.futures
 import functools
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final, Literal, cast
 
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -22,7 +22,6 @@ from outlast.adapters.langgraph.drive import (
     Drive,
     Note,
     Saved,
-    Signal,
     State,
     Stretch,
     is_answer_by_id,
@@ -124,6 +123,22 @@ class DurableGraph(Runnable[Any, Any]):
     def get_output_schema(self, config: RunnableConfig | None = None) -> Any:
         """Return the schema of the graph's output."""
         return self._graph.get_output_schema(config)
+
+    def get_input_jsonschema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the JSON schema of the graph's input."""
+        return self._graph.get_input_jsonschema(config)
+
+    def get_output_jsonschema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the JSON schema of the graph's output."""
+        return self._graph.get_output_jsonschema(config)
+
+    def config_schema(self, *, include: Sequence[str] | None = None) -> Any:
+        """Return the schema of what the graph can be configured with."""
+        return self._graph.config_schema(include=include)
+
+    def get_config_jsonschema(self, *, include: Sequence[str] | None = None) -> Any:
+        """Return the JSON schema of what the graph can be configured with."""
+        return self._graph.get_config_jsonschema(include=include)
 
     @property
     def config_specs(self) -> Any:
@@ -279,7 +294,7 @@ class DurableGraph(Runnable[Any, Any]):
             if waiting is not None and waiting != run_id:
                 handle = self._handle(waiting, attachment)
                 self._runtime.attach(waiting, attachment)
-                self._give_answer(waiting, input)
+                self._give(waiting, input, payload.encode(self._serde, input, config, options, mode, stream))
                 return handle
         else:
             waiting = self._waiting_run(thread_id)
@@ -313,6 +328,9 @@ class DurableGraph(Runnable[Any, Any]):
         return head.run_id if head.status == "waiting" else None
 
     def _give_answer(self, run_id: str, value: Any) -> None:
+        self._give(run_id, value, payload.encode(self._serde, value, None))
+
+    def _give(self, run_id: str, value: Any, record: Typed) -> None:
         resume = value.resume if isinstance(value, Command) else value
         addressed = is_answer_by_id(resume)
         head = self._runtime.client.run(runs.read(run_id))
@@ -323,15 +341,15 @@ class DurableGraph(Runnable[Any, Any]):
                     f"run {run_id!r} waits for {len(asked)} answers: give them by id, "
                     f"resume({{{', '.join(f'{item.id!r}: ...' for item in asked)}}})"
                 )
-        self._runtime.signal(run_id, payload.dumps(self._serde, "answer", value), addressed)
+        self._runtime.signal(run_id, record, addressed)
 
     # --- the controller's side
 
     def advance(self, attempt: Attempt) -> Outcome:
         """Carry a run on. Called by the controller."""
-        submitted = payload.decode(self._serde, attempt.submitted.payload)
+        submitted, answer = self._in_force(attempt)
         config = self._config(attempt, submitted)
-        drive = Drive(self._graph, attempt, submitted, config, self._saver, self._dumps)
+        drive = Drive(self._graph, attempt, submitted, config, self._saver, self._dumps, answer)
         if submitted["mode"] == "sync":
             return self._run(drive, drive.steps())
         loop = attempt.attachment.loop if attempt.attachment else None
@@ -342,6 +360,18 @@ class DurableGraph(Runnable[Any, Any]):
         except (concurrent.futures.CancelledError, asyncio.CancelledError):
             # The caller's loop ended in the middle; the next attempt goes on without it.
             return Outcome("yielded")
+
+    def _in_force(self, attempt: Attempt) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return what was submitted, with the options of the newest call on it, and the answer to apply, if any."""
+        submitted = payload.decode(self._serde, attempt.submitted.payload)
+        answer: dict[str, Any] | None = None
+        for name in dict.fromkeys(filter(None, (attempt.head.call, *attempt.head.signals[:1]))):
+            stored = self._runtime.client.run(runs.read_typed(attempt.run_id, name))
+            call = payload.decode(self._serde, stored)
+            submitted |= {key: value for key, value in call.items() if key != "input"}
+            if name in attempt.head.signals:
+                answer = call
+        return submitted, answer
 
     def _config(self, attempt: Attempt, submitted: dict[str, Any]) -> RunnableConfig:
         config = {**submitted["config"]}
@@ -372,8 +402,8 @@ class DurableGraph(Runnable[Any, Any]):
         match call:
             case Stretch():
                 if call.published and drive.submitted["stream"]:
-                    collected = streams.Collector(drive, self._dumps)
-                    for chunk in drive.graph.stream(call.input, call.config, **collected.arguments(call)):
+                    collected = streams.Collector(drive, call, self._dumps)
+                    for chunk in drive.graph.stream(call.input, call.config, **collected.arguments()):
                         collected.add(chunk)
                     return collected.result()
                 return drive.graph.invoke(call.input, call.config, **_arguments(drive, call))
@@ -383,8 +413,6 @@ class DurableGraph(Runnable[Any, Any]):
                 return drive.saver.get_tuple(_addressed(drive, call))
             case Note():
                 return client.run(_noted(drive, call))
-            case Signal():
-                return self._serde.loads_typed(client.run(runs.read_typed(drive.attempt.run_id, call.name)))
 
     async def _arun(self, drive: Drive, steps: Any) -> Outcome:
         """Carry `steps` out with the graph's async methods."""
@@ -405,8 +433,8 @@ class DurableGraph(Runnable[Any, Any]):
         match call:
             case Stretch():
                 if call.published and drive.submitted["stream"]:
-                    collected = streams.Collector(drive, self._dumps)
-                    async for chunk in drive.graph.astream(call.input, call.config, **collected.arguments(call)):
+                    collected = streams.Collector(drive, call, self._dumps)
+                    async for chunk in drive.graph.astream(call.input, call.config, **collected.arguments()):
                         collected.add(chunk)
                     return collected.result()
                 return await drive.graph.ainvoke(call.input, call.config, **_arguments(drive, call))
@@ -416,9 +444,6 @@ class DurableGraph(Runnable[Any, Any]):
                 return await drive.saver.aget_tuple(_addressed(drive, call))
             case Note():
                 return await client.arun(_noted(drive, call))
-            case Signal():
-                stored = await client.arun(runs.read_typed(drive.attempt.run_id, call.name))
-                return self._serde.loads_typed(stored)
 
 
 def _arguments(drive: Drive, call: Stretch) -> dict[str, Any]:

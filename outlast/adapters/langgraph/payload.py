@@ -56,17 +56,25 @@ def dumps(serde: SerializerProtocol, what: str, value: Any) -> Typed:
 
 
 def encode(
-    serde: SerializerProtocol, input: Any, config: RunnableConfig, options: Mapping[str, Any], mode: str, stream: Any
+    serde: SerializerProtocol,
+    input: Any,
+    config: RunnableConfig | None,
+    options: Mapping[str, Any] | None = None,
+    mode: str = "sync",
+    stream: Any = None,
 ) -> Typed:
-    """Return the record of a submission.
+    """Return the record of a submission, or of an answer to a run that waits.
 
     Args:
+        config: None for an answer that comes without a call of its own: the options in force remain.
         options: Arguments of `invoke` or `stream` beside input and config.
         mode: `sync` or `async`, as the caller called.
         stream: `{"modes": [...], "subgraphs": bool}` for a streamed run, else None.
     """
-    body = {
-        "input": list(dumps(serde, "input", input)),
+    body: dict[str, Any] = {"input": list(dumps(serde, "input", input))}
+    if config is None:
+        return dumps(serde, "answer", body)
+    body |= {
         "config": {
             key: {name: _stored(serde, f"config[{key!r}][{name!r}]", item) for name, item in value.items()}
             if isinstance(value, Mapping)
@@ -74,7 +82,7 @@ def encode(
             for key, value in config.items()
             if key in _STORED and value is not None
         },
-        "options": {key: _stored(serde, f"argument {key!r}", value) for key, value in options.items()},
+        "options": {key: _stored(serde, f"argument {key!r}", value) for key, value in (options or {}).items()},
         "mode": mode,
         "stream": stream,
     }
@@ -86,13 +94,15 @@ def _stored(serde: SerializerProtocol, what: str, value: Any) -> list[Any]:
 
 
 def decode(serde: SerializerProtocol, payload: Typed) -> dict[str, Any]:
-    """Return what `encode` was given, as `input`, `config`, `options`, `mode` and `stream`."""
+    """Return what `encode` was given, as `input` and, if there was a call, `config`, `options`, `mode` and `stream`."""
     body: dict[str, Any] = serde.loads_typed(payload)
 
     def loads(typed: Any) -> Any:
         kind, data = typed
         return serde.loads_typed((kind, data))
 
+    if "config" not in body:
+        return {"input": loads(body["input"])}
     return {
         **body,
         "input": loads(body["input"]),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.pregel import Pregel
-from langgraph.types import Command
 
 from outlast.recovery import runs
 from outlast.recovery.handle import RunHandle
@@ -25,7 +24,8 @@ _POLL: Final = 0.05
 
 def wanted(graph: Pregel[Any, Any, Any, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return which chunks a caller of `stream` wants, and in which form; goes into the run's record."""
-    mode = kwargs.get("stream_mode") or graph.stream_mode
+    mode = kwargs.get("stream_mode")
+    mode = graph.stream_mode if mode is None else mode
     several = not isinstance(mode, str)
     return {
         "modes": list(mode) if several else [mode],
@@ -40,21 +40,21 @@ class Collector:
 
     Args:
         drive: The attempt.
+        call: The stretch.
         dumps: Serialises a chunk for a caller elsewhere.
     """
 
-    def __init__(self, drive: Drive, dumps: Callable[[Any], Typed]) -> None:
+    def __init__(self, drive: Drive, call: Stretch, dumps: Callable[[Any], Typed]) -> None:
+        self._call = call
         self._publish = drive.attempt.publish
         self._options = drive.options
         self._wanted = drive.submitted["stream"]
         self._dumps = dumps
         self._latest: Any = None
         self._interrupts: list[Any] = []
-        # Going on from the accepted input LangGraph first shows the state before it, which a plain stream does not.
-        given = drive.submitted["input"]
-        self._repeats = set() if given is None or isinstance(given, Command) else {"values", "checkpoints", "debug"}
+        self._repeats = call.repeats
 
-    def arguments(self, call: Stretch) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Return the arguments for the graph's `stream`: the caller's modes, and those the result is made of."""
         modes = dict.fromkeys([*self._wanted["modes"], "values", "updates"])
         return {
@@ -63,7 +63,7 @@ class Collector:
             "subgraphs": self._wanted["subgraphs"],
             "version": self._wanted["version"],
             "durability": "sync",
-            "control": call.control,
+            "control": self._call.control,
         }
 
     def add(self, chunk: Any) -> None:
@@ -79,8 +79,8 @@ class Collector:
             self._latest = data
         if not namespace and mode == "updates" and isinstance(data, dict) and _INTERRUPT in data:
             self._interrupts.extend(data[_INTERRUPT])
-        if not namespace and mode in self._repeats:
-            self._repeats.discard(mode)
+        if not namespace and mode == "values" and self._repeats:
+            self._repeats = False
         elif mode in self._wanted["modes"]:
             self._publish(self._shaped(chunk, namespace, mode, data), self._dumps)
 
