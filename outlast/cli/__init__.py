@@ -14,6 +14,7 @@ import typer
 
 from outlast.cli._console import complain, print_line
 from outlast.cli.demo import command as demo
+from outlast.cli.migrate import command as migrate
 from outlast.cli.runs import command as list_runs
 from outlast.cli.show import command as show
 from outlast.cli.sidecar import command as sidecar
@@ -34,6 +35,7 @@ app.command("worker")(worker)
 app.command("sidecar")(sidecar)
 app.command("runs")(list_runs)
 app.command("show")(show)
+app.command("migrate")(migrate)
 
 
 def _print_version(wanted: bool) -> None:
