@@ -13,11 +13,13 @@ its locator:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ormsgpack
+from pydantic import BaseModel
 
 from outlast.checkpointer import records
 from outlast.checkpointer.client import Steps, load
@@ -28,7 +30,6 @@ TAIL: Final = 16
 _FAN: Final = 32
 _MERGE_LIMIT: Final = 65_536
 _NODE: Final = "outlast-node"
-_CHECKED: Final = 8
 
 Typed = tuple[str, bytes]
 Locator = Any
@@ -163,9 +164,8 @@ class PackReader:
 
     def list_state(self, locator: Locator, items: list[Any], dumps: Callable[[Any], Typed]) -> ListState:
         """Return what `store_list` must know of the list at `locator`, whose fetched value is `items`."""
-        length, base, tail = locator["l"]
-        node = self._node(base) if base else None
-        return _list_state(items, length, base, tail, node, dumps)
+        _, base, tail = locator["l"]
+        return ListState([fingerprint(item, dumps) for item in items], base, tail, self._node(base) if base else None)
 
     def _segments(self, base: Locator | None) -> list[Locator]:
         if base is None:
@@ -196,33 +196,29 @@ class ListState:
     """A list as it was last stored, to find what has changed since.
 
     Attributes:
-        items: The items; kept, so that an unchanged item is the same object.
-        contents: The `content` of each item that has one, to notice a message edited in place.
-        last: The last few items in serialised form, to notice any edit among them.
+        prints: A fingerprint of each item.
     """
 
-    items: list[Any]
-    contents: list[Any]
-    last: list[Typed]
-    length: int
+    prints: list[Any]
     base: Locator | None
     tail: list[list[Any]]
     node: dict[str, Any] | None = None
 
     @property
     def locator(self) -> Locator:
-        return {"l": [self.length, self.base, self.tail]}
+        return {"l": [len(self.prints), self.base, self.tail]}
 
 
 def store_list(items: list[Any], old: ListState | None, pack: PackWriter, dumps: Callable[[Any], Typed]) -> ListState:
     """Store `items` in `pack`, sharing the segments of `old` that are unchanged, and return the new state."""
-    kept = _unchanged(items, old, dumps) if old else 0
+    prints = [fingerprint(item, dumps) for item in items]
+    kept = _common(prints, old.prints) if old else 0
     base: Locator | None = None
     node: dict[str, Any] | None = None
     tail: list[list[Any]] = []
     covered = 0
     if old and kept:
-        covered = old.length - sum(count for _, count in old.tail)
+        covered = len(old.prints) - sum(count for _, count in old.tail)
         if kept >= covered:
             base, node = old.base, old.node
             for segment, count in old.tail:
@@ -237,46 +233,42 @@ def store_list(items: list[Any], old: ListState | None, pack: PackWriter, dumps:
     if len(tail) > TAIL:
         base, node = _merge(items, node, tail, pack, dumps)
         tail = []
-    return _list_state(items, len(items), base, tail, node, dumps)
+    return ListState(prints, base, tail, node)
 
 
-def _list_state(
-    items: list[Any],
-    length: int,
-    base: Locator | None,
-    tail: list[list[Any]],
-    node: dict[str, Any] | None,
-    dumps: Callable[[Any], Typed],
-) -> ListState:
-    return ListState(
-        items=list(items),
-        contents=[getattr(item, "content", None) for item in items],
-        last=[dumps(item) for item in items[-_CHECKED:]],
-        length=length,
-        base=base,
-        tail=tail,
-        node=node,
-    )
+def _common(new: list[Any], old: list[Any]) -> int:
+    """Return how many items two lists have in common at their start."""
+    if new[: len(old)] == old:
+        return len(old)
+    return next((place for place, (a, b) in enumerate(zip(new, old, strict=False)) if a != b), min(len(new), len(old)))
 
 
-def _unchanged(items: list[Any], old: ListState, dumps: Callable[[Any], Typed]) -> int:
-    """Return how many items at the start of the list are as they were stored."""
-    kept = 0
-    for item, before, content in zip(items, old.items, old.contents, strict=False):
-        if item is not before and (type(item) not in _SCALARS or type(item) is not type(before) or item != before):
-            break
-        if getattr(item, "content", None) is not content:
-            break
-        kept += 1
-    # An item edited in place is still the same object: look at the last ones closely.
-    first = len(old.items) - len(old.last)
-    for position in range(first, min(kept, len(old.items))):
-        if dumps(items[position]) != old.last[position - first]:
-            return position
-    return kept
+def fingerprint(item: Any, dumps: Callable[[Any], Typed]) -> Any:
+    """Return something that is equal for items that would be stored alike, and differs after an edit in place.
+
+    Quicker than serialising: a message's plain fields stand for themselves, and most of the others are empty.
+    """
+    kind = type(item)
+    if kind in _SCALARS:
+        return kind, item
+    if not isinstance(item, BaseModel):
+        return kind, _digest(item, dumps)
+    fields = [
+        value if type(value) in _SCALARS else _digest(value, dumps) if value else type(value)
+        for value in item.__dict__.values()
+    ]
+    return kind, fields, tuple(item.__dict__), item.__pydantic_extra__ and _digest(item.__pydantic_extra__, dumps)
 
 
 _SCALARS: Final = frozenset((str, int, float, bool, bytes, type(None)))
+
+
+def _digest(value: Any, dumps: Callable[[Any], Typed]) -> bytes:
+    try:
+        packed = ormsgpack.packb(value, option=ormsgpack.OPT_NON_STR_KEYS | ormsgpack.OPT_PASSTHROUGH_SUBCLASS)
+    except TypeError:
+        packed = b"".join((part.encode() if isinstance(part, str) else part) for part in dumps(value))
+    return hashlib.blake2b(packed, digest_size=16).digest()
 
 
 def _merge(
