@@ -116,6 +116,10 @@ class Head:
     def decode(key: str, data: bytes) -> Head:
         """Return the head stored at `key`."""
         body = records.decode(key, records.THREAD_HEAD, data)
+        return records.build(key, lambda: Head._of(body))
+
+    @staticmethod
+    def _of(body: dict[str, Any]) -> Head:
         return Head(
             thread_id=body["t"],
             epoch=body["e"],

@@ -6,12 +6,14 @@ A kind in lower case says that the body is compressed. Ids and names recur so of
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
 
 import ormsgpack
 
 from outlast.errors import CorruptRecordError, SerializationError, UnknownFormatError
+
+T = TypeVar("T")
 
 FORMAT: Final = 1
 _MAGIC: Final = b"OL"
@@ -106,6 +108,20 @@ def decode(key: str, kind: str, data: bytes) -> Any:
         return ormsgpack.unpackb(body, option=_OPTIONS)
     except (ValueError, TypeError) as error:
         raise CorruptRecordError(f"record {key!r} is damaged: {error}; restore it from a backup") from error
+
+
+def build(key: str, make: Callable[[], T]) -> T:
+    """Return `make()`, which takes the body of the record at `key` apart.
+
+    Raises:
+        CorruptRecordError: If the body is not of the form that `make` expects.
+    """
+    try:
+        return make()
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptRecordError(
+            f"record {key!r} is not of the form of format version {FORMAT} ({error!r}); restore it from a backup"
+        ) from error
 
 
 def split(key: str, data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:

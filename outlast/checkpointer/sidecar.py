@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Final
 
 from dapr.conf import settings
 from dapr.conf.helpers import GrpcEndpoint
 
 from outlast.errors import SidecarUnavailableError
+
+EMBEDDED_STORES: Final = "OUTLAST_EMBEDDED_STORES"
+"""Environment variable: names of the embedded sidecar's state stores, with commas between. Default `statestore`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def locate() -> Address:
     if not configured():
         from outlast.embedded import ensure_started
 
-        running = ensure_started()
+        names = os.environ.get(EMBEDDED_STORES, "statestore")
+        running = ensure_started(stores=[name.strip() for name in names.split(",")])
         return Address("127.0.0.1", running.grpc_port, embedded=True)
     url = settings.DAPR_GRPC_ENDPOINT or f"{settings.DAPR_RUNTIME_HOST}:{settings.DAPR_GRPC_PORT}"
     try:

@@ -107,7 +107,15 @@ class RunHead:
 
     @staticmethod
     def of(body: dict[str, Any]) -> RunHead:
-        """Return the run head with this body."""
+        """Return the run head with this body.
+
+        Raises:
+            CorruptRecordError: If it is no body of a run head.
+        """
+        return records.build("of a run head", lambda: RunHead._of(body))
+
+    @staticmethod
+    def _of(body: dict[str, Any]) -> RunHead:
         running, error = body["running"], body["error"]
         return RunHead(
             **{

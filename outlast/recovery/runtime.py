@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -29,6 +30,8 @@ logger = logging.getLogger("outlast.runtime")
 WORKER: Final = "OUTLAST_WORKER"
 """Environment variable: `off` keeps a process from working on runs by itself; it then only submits."""
 _CHUNK_TTL: Final = 3600
+_UNSERVED: Final = 3.0
+"""Seconds to wait for the sidecar's answer to a workflow call where this process has no worker."""
 
 
 class Runtime:
@@ -180,21 +183,50 @@ class Runtime:
 
     def schedule(self, head: RunHead) -> None:
         """Start the workflow of a run unless it is active already."""
+        ref = {"run": head.run_id, "turn": 0, "failures": 0}
         try:
-            self.workflows.schedule_new_workflow(
-                RUN, input={"run": head.run_id, "turn": 0, "failures": 0}, instance_id=head.instance
+            self._bounded(
+                functools.partial(self.workflows.schedule_new_workflow, RUN, input=ref, instance_id=head.instance)
             )
+        except TimeoutError:
+            logger.warning("run %s waits for a worker: none is connected to the %s", head.run_id, self.client.address)
         except grpc.RpcError as error:
             if _already_there(error):
                 return
             self._raise(error)
 
+    def _bounded(self, call: Callable[[], Any]) -> None:
+        """Make a workflow call that daprd would hold for as long as no worker is connected to it.
+
+        Raises:
+            TimeoutError: If it is not answered in time. Nothing is lost: the worker that comes finds the run.
+        """
+        if self._worker is not None:
+            call()
+            return
+        outcome: list[BaseException | None] = []
+
+        def make() -> None:
+            try:
+                call()
+                outcome.append(None)
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=make, name="outlast-call", daemon=True)
+        thread.start()
+        thread.join(_UNSERVED)
+        if not outcome:
+            raise TimeoutError
+        if outcome[0] is not None:
+            raise outcome[0]
+
     def wake(self, run_id: str) -> None:
         """End the wait of a run's workflow, if it waits."""
         head = self.client.run(runs.read(run_id))
         try:
-            self.workflows.raise_workflow_event(head.instance, WAKE)
-        except grpc.RpcError as error:
+            self._bounded(functools.partial(self.workflows.raise_workflow_event, head.instance, WAKE))
+        except (grpc.RpcError, TimeoutError) as error:
             # The workflow is not there yet; its worker finds what has come when it is.
             logger.debug("run %s could not be woken: %s", run_id, error)
 

@@ -42,6 +42,8 @@ HEARTBEAT_TIMEOUT: Final = "OUTLAST_HEARTBEAT_TIMEOUT"
 CONCURRENCY: Final = "OUTLAST_CONCURRENCY"
 """Environment variable: attempts a worker makes at once. Default 64."""
 
+_QUIET: Final = 0.05
+"""Seconds without anything to do after which a worker that stops may disconnect."""
 _ORPHAN: Final = 60.0
 """Seconds after which a name among the active runs that has no run is taken for a submission cut short."""
 _RETRY: Final = (StoreError, SidecarUnavailableError)
@@ -73,6 +75,7 @@ class Worker:
         self._starting: dict[str, int] = {}
         self._unsettled: dict[str, RunHead] = {}
         self._ending: set[str] = set()
+        self._last_turn = 0.0
         self._beat = 0
         self._peers: dict[str, _Peer] = {}
         self._active: dict[str, float] = {}
@@ -100,9 +103,11 @@ class Worker:
         )
 
         def workflow(ctx: DaprWorkflowContext, ref: Any) -> Any:
-            status = yield from run_workflow(ctx, ref)
-            self._ending.discard(ctx.instance_id)
-            return status
+            try:
+                return (yield from run_workflow(ctx, ref))
+            finally:
+                self._ending.discard(ctx.instance_id)
+                self._last_turn = time.monotonic()
 
         def advance(ctx: WorkflowActivityContext, delivery: Any) -> Any:
             return self.advance(delivery)
@@ -134,10 +139,16 @@ class Worker:
         if self._sdk:
             self._sdk.shutdown()
 
-    def _let_workflows_end(self, patience: float = 0.5) -> None:
-        """Wait until the workflows of runs that ended here have ended, too; else the next worker ends them."""
+    def _let_workflows_end(self, patience: float = 1.0) -> None:
+        """Wait until what attempts here have answered is on its way and nothing new came for a moment.
+
+        Else the SDK is torn down in the middle of it, which is harmless (the next worker gets it again) but noisy.
+        """
         deadline = time.monotonic() + patience
-        while self._ending and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            quiet = time.monotonic() - self._last_turn > _QUIET
+            if quiet and not self._ending:
+                return
             time.sleep(0.005)
 
     # --- one delivery
@@ -165,6 +176,7 @@ class Worker:
         except (CorruptRecordError, UnknownFormatError) as error:
             return self._unreadable(run_id, error)
         finally:
+            self._last_turn = time.monotonic()
             with self._lock:
                 self._starting[run_id] -= 1
                 if not self._starting[run_id]:
@@ -468,13 +480,6 @@ def _read_beats(workers: list[str]) -> Steps[dict[str, dict[str, Any]]]:
     return beats
 
 
-class _Forward(logging.Handler):
-    """Passes the SDK's records on to outlast's logger; the SDK would print them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        logging.getLogger("outlast.dapr").handle(record)
-
-
 def sdk_logging() -> LoggerOptions:
-    """Return logger options that make the Dapr SDK log through `outlast.dapr`, warnings and up."""
-    return LoggerOptions(log_level=logging.WARNING, log_handler=_Forward())  # type: ignore[arg-type]
+    """Return logger options that leave the Dapr SDK's records to the program's own handlers; it would print them."""
+    return LoggerOptions(log_handler=logging.NullHandler())

@@ -80,6 +80,11 @@ class DurableGraph(Runnable[Any, Any]):
     def _is_same(self, other: object) -> bool:
         return isinstance(other, DurableGraph) and set(other._graph.nodes) == set(self._graph.nodes)
 
+    @property
+    def runtime(self) -> Runtime:
+        """The state store and the worker of this agent."""
+        return self._runtime
+
     @functools.cached_property
     def _saver(self) -> DaprSaver:
         return DaprSaver(serde=self._given_serde, client=self._runtime.client)
