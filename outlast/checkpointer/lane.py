@@ -98,9 +98,9 @@ class Lane:
             self._commit(batch)
 
     def _commit(self, batch: list[tuple[Request, Future[None]]]) -> None:
-        waiting: list[Future[None]] = []
+        futures = [future for _, future in batch]
         try:
-            entries = self._client.run(self._steps(batch, waiting))
+            entries = self._client.run(self._steps(batch))
             if self._after_commit:
                 self._after_commit(entries)
         except BaseException as error:
@@ -111,20 +111,22 @@ class Lane:
             with self._arrived:
                 if isinstance(error, FencedError):
                     self._fenced = error
-                    waiting += [future for _, future in self._queue]
+                    futures += [future for _, future in self._queue]
                     self._queue = []
-            for future in waiting:
-                future.set_exception(error)
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
             return
-        for future in waiting:
-            future.set_result(None)
+        for future in futures:
+            if not future.done():
+                future.set_result(None)
         try:
             # Off the critical path: the graph goes on while the next ETag is read.
             self._client.run(self.log.refresh())
         except Exception:
             self.log.forget()
 
-    def _steps(self, batch: list[tuple[Request, Future[None]]], waiting: list[Future[None]]) -> Steps[list[Entry]]:
+    def _steps(self, batch: list[tuple[Request, Future[None]]]) -> Steps[list[Entry]]:
         limit = self._client.capabilities.quirks.max_value
         while True:
             generation = yield from self.log.generation()
@@ -144,7 +146,6 @@ class Lane:
                 else:
                     prepared.append((request, future))
             batch = prepared
-            waiting[:] = [future for _, future in prepared]
             try:
                 if entries:
                     yield from self.log.commit(entries, pack.finish(limit), pack.name, generation)
