@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -16,6 +16,7 @@ from langgraph.checkpoint.base import (
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
+    DeltaChannelHistory,
     get_checkpoint_id,
     get_checkpoint_metadata,
     writes_sort_key,
@@ -26,11 +27,11 @@ from langgraph.checkpoint.serde.types import ERROR
 from outlast.checkpointer import upkeep
 from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed, store_list
 from outlast.checkpointer.client import Guarantee, StateClient, Steps
-from outlast.checkpointer.head import Entry
+from outlast.checkpointer.head import Entry, Head
 from outlast.checkpointer.lane import Lane, Lanes
 from outlast.checkpointer.registry import THREADS
 from outlast.checkpointer.thread import Fence, ThreadLog
-from outlast.checkpointer.upkeep import Row, row_of, writes_of
+from outlast.checkpointer.upkeep import Row, WriteRow, row_of, writes_of
 from outlast.errors import CorruptRecordError, OutlastError, SerializationError
 
 _BATCH: Final = 20
@@ -116,9 +117,10 @@ class _Writes:
 
     def prepare(self, lane: Lane, pack: PackWriter) -> Steps[Entry]:
         yield from ()
+        replaces = all(channel in WRITES_IDX_MAP for channel, _, _ in self.writes)
         for channel, position, value in self.writes:
-            row = [self.ns, self.checkpoint_id, self.task_id, self.task_path, position, channel, pack.add(value)]
-            pack.writes.append(row)
+            place = (self.ns, self.checkpoint_id, self.task_id, self.task_path, position)
+            pack.writes.append(list(WriteRow(*place, channel, pack.add(value), replaces)))
         return Entry(self.ns, self.checkpoint_id, writes=(pack.name,))
 
 
@@ -315,6 +317,62 @@ class DaprSaver(BaseCheckpointSaver[Any]):
 
     # --- reading
 
+    def get_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """Return what the ancestors of a checkpoint contributed to delta channels, back to their last stored values.
+
+        Reads the chain of parents in bulk, and of each only what these channels need.
+        """
+        return self.client.run(self._delta_history(config, channels))
+
+    async def aget_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """Return what the ancestors contributed to delta channels. Async face of `get_delta_channel_history`."""
+        return await self.client.arun(self._delta_history(config, channels))
+
+    def _delta_history(
+        self, config: RunnableConfig, channels: Sequence[str]
+    ) -> Steps[Mapping[str, DeltaChannelHistory]]:
+        configurable = config["configurable"]
+        log, ns = ThreadLog(str(configurable["thread_id"])), configurable.get("checkpoint_ns", "")
+        head = yield from log.read()
+        entry = (yield from self._addressed(log, head, ns, get_checkpoint_id(config))) if head else None
+        reader = PackReader(log.key, self.serde.loads_typed)
+        writes: dict[str, builtins.list[tuple[str, str, Any]]] = {channel: [] for channel in channels}
+        seeds: dict[str, Any] = {}
+        if head is not None and entry is not None:
+            row = row_of(log.key, (yield from reader.packs([entry.pack])), entry)
+            chain = [item for item in (yield from log.index.entries(head)) if item.ns == ns and item.pack]
+            places = {item.checkpoint_id: place for place, item in enumerate(chain)}
+            while writes.keys() - seeds.keys() and row.parent_id in places:
+                place = places[row.parent_id]
+                # Parents mostly follow one another in the index: read some ahead.
+                ahead = chain[place : place + _BATCH]
+                packs = yield from reader.packs(name for item in ahead for name in (item.pack, *item.writes))
+                row = row_of(log.key, packs, chain[place])
+                for write in reversed(_pending(packs, chain[place])):
+                    if write[1] in writes and write[1] not in seeds:
+                        writes[write[1]].append(write)
+                seeds |= {name: row.channels[name] for name in writes if name in row.channels and name not in seeds}
+        yield from reader.fetch([*seeds.values(), *(write[2] for found in writes.values() for write in found)])
+        history: dict[str, DeltaChannelHistory] = {}
+        for channel, found in writes.items():
+            values = [(task_id, name, reader.value(locator)) for task_id, name, locator in reversed(found)]
+            history[channel] = {"writes": values}
+            if channel in seeds:
+                history[channel]["seed"] = reader.value(seeds[channel])
+        return history
+
+    def _addressed(self, log: ThreadLog, head: Head, ns: str, checkpoint_id: str | None) -> Steps[Entry | None]:
+        """Return the entry of a checkpoint, or of the latest one, if that is there."""
+        if checkpoint_id:
+            entry = yield from log.index.find(head, ns, checkpoint_id)
+        else:
+            entry = yield from log.index.latest(head, ns)
+        return entry if entry is not None and entry.pack else None
+
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Return the checkpoint that `config` addresses, or the latest of its thread and namespace, or None.
 
@@ -335,11 +393,8 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         head = yield from log.read()
         while head is not None:
             try:
-                if wanted:
-                    entry = yield from log.index.find(head, ns, wanted)
-                else:
-                    entry = yield from log.index.latest(head, ns)
-                if entry is None or not entry.pack:
+                entry = yield from self._addressed(log, head, ns, wanted)
+                if entry is None:
                     return None
                 return (yield from self._tuples(log, [entry], remember=True))[0]
             except CorruptRecordError as error:
@@ -482,13 +537,10 @@ def _config(thread_id: str, ns: str, checkpoint_id: str) -> RunnableConfig:
 
 
 def _pending(packs: dict[str, Any], entry: Entry) -> Sequence[tuple[str, str, Any]]:
-    """Return the pending writes of a checkpoint in LangGraph's order: task id, channel, locator.
-
-    Of ordinary writes at one place the first counts, of special ones (errors, interrupts) the last.
-    """
+    """Return the pending writes of a checkpoint in LangGraph's order: task id, channel, locator."""
     kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
     for row in writes_of(packs, entry):
-        if row.position < 0 or (row.task_id, row.position) not in kept:
+        if row.replaces or (row.task_id, row.position) not in kept:
             kept[(row.task_id, row.position)] = (row.task_path, row.channel, row.value)
     order = sorted(kept, key=lambda place: writes_sort_key(kept[place][0], *place))
     return [(place[0], kept[place][1], kept[place][2]) for place in order]

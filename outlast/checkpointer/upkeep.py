@@ -35,7 +35,11 @@ class Row(NamedTuple):
 
 
 class WriteRow(NamedTuple):
-    """A pending write as a pack holds it. `value` is a locator."""
+    """A pending write as a pack holds it. `value` is a locator; `replaces` says whether it takes an earlier one's place.
+
+    As in LangGraph's SQLite and PostgreSQL savers, the writes of a call replace if all of them are special ones (errors,
+    interrupts, …); of all others at one place the first counts.
+    """
 
     ns: str
     checkpoint_id: str
@@ -44,6 +48,7 @@ class WriteRow(NamedTuple):
     position: int
     channel: str
     value: Locator
+    replaces: bool
 
 
 def row_of(key: str, packs: dict[str, Any], entry: Entry) -> Row:
