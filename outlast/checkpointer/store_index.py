@@ -276,7 +276,7 @@ def _without(tokens: set[str]) -> Callable[[Any], Any]:
 def _past(kind: str, dead: str, alive: str) -> Callable[[Any], Any]:
     def change(now: Any) -> Any:
         link = "f" if kind == records.NODE else "x"
-        # What is dead itself stays as it is: another one walks past it.
-        return {**now, link: alive} if now and now[link] == dead and not now.get("d") else None
+        # Links only ever skip what is dead, so it does no harm when `now` is dead itself meanwhile.
+        return {**now, link: alive} if now and now[link] == dead else None
 
     return change
