@@ -53,6 +53,7 @@ class Running:
 
 _STARTED: dict[str, Running] = {}
 _FAILED: dict[str, str] = {}
+_BROKEN: dict[str, str] = {}
 _OUTCOMES: dict[str, dict[str, Any]] = {}
 
 
@@ -63,15 +64,23 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if name not in STORES:
         pytest.fail(f"STORE={name!r} is none of {', '.join(STORES)}")
     store, home = STORES[name], tmp_path_factory.mktemp(name)
+    component: sidecar.Component | None = None
     with contextlib.ExitStack() as stack:
-        if name not in _FAILED:
+        if name not in _FAILED and name not in _BROKEN:
             try:
                 component = stack.enter_context(store.start(home))
             except CannotStart as error:
                 _FAILED[name] = str(error)
         if name in _FAILED:
             pytest.skip(f"{name} cannot be started: {_FAILED[name]}")
-        daprd = sidecar.start(home / "daprd", component)
+        if name in _BROKEN:
+            pytest.fail(_BROKEN[name], pytrace=False)
+        assert component is not None
+        try:
+            daprd = sidecar.start(home / "daprd", component)
+        except AssertionError as error:
+            _BROKEN[name] = f"daprd does not start on {name}: {str(error)[-600:]}"
+            pytest.fail(_BROKEN[name], pytrace=False)
         stack.callback(daprd.kill)
         _STARTED[name] = Running(name, store, component, daprd)
         yield _STARTED[name]

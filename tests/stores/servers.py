@@ -150,7 +150,7 @@ def _mysql(home: Path) -> Iterator[Component]:
     user = [f"--user={'root' if os.geteuid() == 0 else os.environ.get('USER', '')}"]
     _checked([_program("mariadb-install-db", "mariadb-server"), *user, f"--datadir={home}/data"], home)
     (home / "init.sql").write_text(
-        "CREATE USER dapr@127.0.0.1 IDENTIFIED BY 'dapr'; GRANT ALL ON *.* TO dapr@127.0.0.1; FLUSH PRIVILEGES;\n"
+        "CREATE USER 'dapr'@'127.0.0.1' IDENTIFIED BY 'dapr';\nGRANT ALL ON *.* TO 'dapr'@'127.0.0.1';\n"
     )
     command = [server, "--no-defaults", *user, f"--datadir={home}/data", f"--port={port}"]
     command += [
