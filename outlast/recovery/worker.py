@@ -1,4 +1,4 @@
-"""The worker of a process: takes deliveries of `advance` from the sidecar, beats, and overtakes workers that hang."""
+"""The worker of a process: takes deliveries of `advance` from the sidecar and carries runs on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import os
 import socket
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dapr.ext.workflow import DaprWorkflowContext, WorkflowActivityContext, WorkflowRuntime
 from dapr.ext.workflow.logger import LoggerOptions
 
-from outlast.checkpointer import keys, records
-from outlast.checkpointer.client import Get, Save, Steps
 from outlast.checkpointer.registry import ACTIVE, WORKERS
-from outlast.checkpointer.thread import Fence, ThreadLog
+from outlast.checkpointer.thread import Fence
 from outlast.errors import (
     CorruptRecordError,
     FencedError,
@@ -30,6 +28,7 @@ from outlast.errors import (
 from outlast.recovery import runs
 from outlast.recovery.attempt import Attachment, Attempt, Outcome
 from outlast.recovery.runs import RunHead
+from outlast.recovery.watch import Holdings, Watch
 from outlast.recovery.workflow import ADVANCE, RUN, Delivery, Next, run_workflow
 
 if TYPE_CHECKING:
@@ -37,24 +36,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("outlast.worker")
 
-HEARTBEAT_TIMEOUT: Final = "OUTLAST_HEARTBEAT_TIMEOUT"
-"""Environment variable: seconds without a heartbeat after which a worker counts as hung. Default 10."""
 CONCURRENCY: Final = "OUTLAST_CONCURRENCY"
 """Environment variable: attempts a worker makes at once. Default 64."""
 
 _QUIET: Final = 0.05
 """Seconds without anything to do after which a worker that stops may disconnect."""
-_ORPHAN: Final = 60.0
-"""Seconds after which a name among the active runs that has no run is taken for a submission cut short."""
 _RETRY: Final = (StoreError, SidecarUnavailableError)
-
-
-@dataclass
-class _Peer:
-    """What this worker has seen of another one: its last beat, and when that changed by this worker's clock."""
-
-    beat: int
-    seen: float
 
 
 class Worker:
@@ -69,16 +56,10 @@ class Worker:
         self._client = runtime.client
         suffix = base64.b32encode(os.urandom(5)).decode("ascii").lower()
         self.id = f"{socket.gethostname()}-{os.getpid()}-{suffix}"
-        self._timeout = float(os.environ.get(HEARTBEAT_TIMEOUT, "10"))
-        self._lock = threading.Lock()
-        self._attempts: dict[str, Attempt] = {}
-        self._starting: dict[str, int] = {}
-        self._unsettled: dict[str, RunHead] = {}
+        self._held = Holdings()
+        self._watch = Watch(runtime, self.id, self._held)
         self._ending: set[str] = set()
         self._last_turn = 0.0
-        self._beat = 0
-        self._peers: dict[str, _Peer] = {}
-        self._active: dict[str, float] = {}
         self._stopping = threading.Event()
         self._abandon = threading.Event()
         self._sdk: WorkflowRuntime | None = None
@@ -115,7 +96,7 @@ class Worker:
         self._sdk.register_workflow(workflow, name=RUN)
         self._sdk.register_activity(advance, name=ADVANCE)
         self._sdk.start()
-        threading.Thread(target=self._watch, name="outlast-watch", daemon=True).start()
+        threading.Thread(target=self._watch.run, args=(self._stopping,), name="outlast-watch", daemon=True).start()
         logger.info("worker %s takes work from the %s", self.id, address)
 
     def stop(self, grace: float = 5.0) -> None:
@@ -123,12 +104,10 @@ class Worker:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        with self._lock:
-            attempts = list(self._attempts.values())
-        for attempt in attempts:
+        for attempt in self._held.in_progress():
             attempt.drain()
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and (self._attempts or self._starting):
+        while time.monotonic() < deadline and self._held:
             time.sleep(0.01)
         self._abandon.set()
         self._let_workflows_end()
@@ -160,8 +139,7 @@ class Worker:
             StoreError, SidecarUnavailableError: If the state store fails; the workflow then calls again, later.
         """
         run_id = delivery["run"]
-        with self._lock:
-            self._starting[run_id] = self._starting.get(run_id, 0) + 1
+        self._held.delivered(run_id)
         try:
             step = self._advance(run_id, delivery)
             if step["then"] == "end":
@@ -177,20 +155,17 @@ class Worker:
             return self._unreadable(run_id, error)
         finally:
             self._last_turn = time.monotonic()
-            with self._lock:
-                self._starting[run_id] -= 1
-                if not self._starting[run_id]:
-                    del self._starting[run_id]
+            self._held.answered(run_id)
 
     def _unreadable(self, run_id: str, error: OutlastError) -> Next:
         """Fail a run whose records cannot be read: trying again would not help."""
         logger.error("run %s fails: %s", run_id, error)
         failed = describe(error)
-        head = self._client.run(runs.change(run_id, lambda now: _failed(now, failed)))
-        self._runtime.settled(head, error)
         try:
+            head = self._client.run(runs.change(run_id, lambda now: _failed(now, failed)))
+            self._runtime.settled(head, error)
             self._client.run(runs.release(head))
-        except OutlastError as unreleased:
+        except (CorruptRecordError, UnknownFormatError) as unreleased:
             logger.error("run %s: its thread could not be given on: %s", run_id, unreleased)
             self._client.run(ACTIVE.discard(run_id))
         return {"then": "end", "status": "failed"}
@@ -207,23 +182,23 @@ class Worker:
         if agent is None:
             # Another process has it; a worker that comes with this agent wakes the run.
             return {"then": "sleep"}
-        held = self._attempts.get(run_id)
+        held = self._held.attempt(run_id)
         if held is not None:
             # Delivered again because the sidecar lost the connection, not this worker: the attempt goes on.
             self._until(held.finished)
             return {"then": "again"}
-        if head.running and head.running.delivery != delivery["id"] and self._alive(head):
+        if head.running and head.running.delivery != delivery["id"] and self._watch.alive(head):
             return {"then": "sleep", "seconds": 1.0}
         if head.cancel:
             return self._end(self._client.run(runs.change(run_id, _cancelled)))
         if head.status == "waiting" and not head.signals:
             self._runtime.settled(head)
             return {"then": "wait"}
-        self._send_beat(run_id)
+        self._watch.beat()
         taken = self._client.run(runs.take_over(head, self.id, delivery["id"]))
         if taken is None:
-            self._client.run(runs.change(run_id, _queued))
-            return {"then": "wait"}
+            head = self._client.run(runs.change(run_id, _queued))
+            return self._end(head) if head.ended else {"then": "wait"}
         head, thread = taken
         attempt = Attempt(
             head=head,
@@ -233,18 +208,14 @@ class Worker:
             attachment=self._runtime.attachment(run_id),
             publish=self._runtime.publisher(head),
         )
-        with self._lock:
-            self._attempts[run_id] = attempt
+        self._held.begun(attempt)
         try:
             return self._finish(attempt, self._execute(agent.advance, attempt))
         except _RETRY:
-            with self._lock:
-                self._unsettled[run_id] = head
+            self._held.lost(attempt.head)
             raise
         finally:
-            with self._lock:
-                self._attempts.pop(run_id, None)
-            attempt.finished.set()
+            self._held.over(attempt)
 
     def _until(self, event: threading.Event) -> None:
         """Wait for `event`.
@@ -302,143 +273,6 @@ class Worker:
             self._runtime.wake(successor)
         return {"then": "end", "status": head.status}
 
-    # --- heartbeats
-
-    def _send_beat(self, starting: str | None = None) -> None:
-        """Tell the others that this worker lives and which runs it holds; before an attempt, never after."""
-        with self._lock:
-            self._beat += 1
-            held = sorted({*self._starting, *self._attempts, *([starting] if starting else [])})
-            body = {"beat": self._beat, "runs": held, "agents": sorted(self._runtime.agents), "at": time.time()}
-        self._client.run(WORKERS.put(self.id, 1))
-        self._client.run(_save_beat(self.id, body))
-
-    def _alive(self, head: RunHead) -> bool:
-        """Whether the worker of a run's attempt in progress is known to live and to work on it."""
-        running = head.running
-        assert running is not None
-        if running.worker == self.id:
-            held = self._attempts.get(head.run_id)
-            return held is not None and held.fence.epoch == running.epoch
-        return not self._stale(running.worker, self._client.run(_read_beats([running.worker])).get(running.worker))
-
-    def _stale(self, worker: str, beat: dict[str, Any] | None) -> bool:
-        now = time.monotonic()
-        count = beat["beat"] if beat else -1
-        peer = self._peers.get(worker)
-        if peer is None or peer.beat != count:
-            self._peers[worker] = _Peer(count, now)
-            return False
-        return now - peer.seen > self._timeout
-
-    def _watch(self) -> None:
-        """Beat, look after the other workers, and look for runs that nobody has scheduled."""
-        interval = self._timeout / 4
-        self._guarded(self._announce)
-        while not self._stopping.wait(interval):
-            self._guarded(self._round)
-
-    def _guarded(self, work: Any) -> None:
-        try:
-            work()
-        except OutlastError as error:
-            logger.warning("worker %s: %s", self.id, error)
-        except Exception:
-            logger.exception("worker %s: unexpected error; it goes on", self.id)
-
-    def _round(self) -> None:
-        with self._lock:
-            holding = bool(self._attempts or self._starting)
-        if holding:
-            self._send_beat()
-        self._check_cancelled()
-        self._settle_failed()
-        self._overtake_stale()
-        self._finish_for_dead(self._timeout)
-
-    def _announce(self) -> None:
-        """On start: wake the runs that waited for an agent this worker has, and schedule those nobody did."""
-        self._send_beat()
-        self._finish_for_dead(0.0)
-
-    def _check_cancelled(self) -> None:
-        with self._lock:
-            held = dict(self._attempts)
-        for head in self._client.run(runs.read_many(list(held))) if held else []:
-            if head.cancel:
-                held[head.run_id].drain()
-
-    def _settle_failed(self) -> None:
-        """Give back runs whose attempt was lost to a failing store, once the store answers again."""
-        with self._lock:
-            unsettled = dict(self._unsettled)
-        for run_id, head in unsettled.items():
-
-            def give_back(now: RunHead, lost: RunHead = head) -> RunHead | None:
-                return replace(now, status="accepted", running=None) if now.running == lost.running else None
-
-            self._client.run(runs.change(run_id, give_back))
-            with self._lock:
-                self._unsettled.pop(run_id, None)
-            self._runtime.wake(run_id)
-
-    def _overtake_stale(self) -> None:
-        others = [name for name in self._client.run(WORKERS.items()) if name != self.id]
-        beats = self._client.run(_read_beats(others))
-        for name in others:
-            beat = beats.get(name)
-            if not self._stale(name, beat):
-                continue
-            for run_id in beat["runs"] if beat else []:
-                self._overtake(run_id, name)
-            self._client.run(WORKERS.discard(name))
-        for name in [name for name in self._peers if name not in others]:
-            if time.monotonic() - self._peers[name].seen > 10 * self._timeout:
-                del self._peers[name]
-
-    def _overtake(self, run_id: str, worker: str) -> None:
-        try:
-            head = self._client.run(runs.read(run_id))
-        except RunNotFoundError:
-            return
-        if head.ended or not head.running or head.running.worker != worker:
-            return
-        changed = self._client.run(runs.overtake(head))
-        if changed:
-            logger.warning("run %s: worker %s hangs; overtaken by workflow %s", run_id, worker, changed.instance)
-            self._runtime.schedule(changed)
-
-    def _finish_for_dead(self, age: float) -> None:
-        """Do what a process that died left undone: start the workflows of accepted runs, wake those that may go on."""
-        active = self._client.run(ACTIVE.items())
-        now = time.monotonic()
-        self._active = {name: self._active.get(name, now) for name in active}
-        due = [name for name, seen in self._active.items() if now - seen >= age]
-        if not due:
-            return
-        heads = {head.run_id: head for head in self._client.run(runs.read_many(due))}
-        for name in due:
-            head = heads.get(name)
-            if head is None:
-                if now - self._active[name] > _ORPHAN:
-                    self._client.run(ACTIVE.discard(name))
-                continue
-            self._active[name] = now
-            mine = head.agent in self._runtime.agents
-            if head.ended or (head.status == "accepted" and mine):
-                self._runtime.schedule(head)
-            # Somebody died between what should end a wait and the wake-up; or this worker is new and has the agent.
-            missed = head.status == "waiting" and (head.signals or head.cancel)
-            if missed or self._has_turn(head) or (not age and mine and head.status in ("accepted", "running")):
-                self._runtime.wake(head.run_id)
-
-    def _has_turn(self, head: RunHead) -> bool:
-        """Whether a queued run's thread is free for it by now."""
-        if head.status != "queued":
-            return False
-        thread = self._client.run(ThreadLog(head.thread_id).read())
-        return head.cancel or thread is None or thread.active in ("", head.run_id)
-
 
 def _cancelled(now: RunHead) -> RunHead | None:
     return None if now.ended else replace(now, status="cancelled", running=None)
@@ -457,27 +291,6 @@ def describe(error: BaseException) -> tuple[str, str]:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return name, str(error)
-
-
-def _beat_key(worker: str) -> str:
-    return f"w-{keys.digest(worker)}"
-
-
-def _save_beat(worker: str, body: dict[str, Any]) -> Steps[None]:
-    # Not a swap: nobody else writes this record.
-    yield Save([(_beat_key(worker), records.encode(records.WORKER, body))])
-
-
-def _read_beats(workers: list[str]) -> Steps[dict[str, dict[str, Any]]]:
-    if not workers:
-        return {}
-    found = yield Get([_beat_key(worker) for worker in workers])
-    beats: dict[str, dict[str, Any]] = {}
-    for worker in workers:
-        item = found[_beat_key(worker)]
-        if item.data:
-            beats[worker] = records.decode(_beat_key(worker), records.WORKER, item.data)
-    return beats
 
 
 def sdk_logging() -> LoggerOptions:
