@@ -35,9 +35,9 @@ class Row(NamedTuple):
 
 
 class WriteRow(NamedTuple):
-    """A pending write as a pack holds it. `value` is a locator; `replaces` says whether it takes an earlier one's place.
+    """A pending write as a pack holds it. `value` is a locator; `replaces` tells if it takes an earlier one's place.
 
-    As in LangGraph's SQLite and PostgreSQL savers, the writes of a call replace if all of them are special ones (errors,
+    As in LangGraph's SQLite and PostgreSQL savers, the writes of a call replace if all are special ones (errors,
     interrupts, …); of all others at one place the first counts.
     """
 
