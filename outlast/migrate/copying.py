@@ -122,8 +122,9 @@ class _Copy:
     def _window(self, target: Side, versions: _Versions, window: list[Place], there: set[Place], ahead: bool) -> None:
         thread_id, report = self._report.thread_id, self._report
         expected: list[Record] = []
+        read = self._source.read_many(thread_id, window)
         for place in window:
-            record = self._source.read(thread_id, place)
+            record = read.get(place)
             if record is None:
                 report.checkpoints -= 1  # pruned meanwhile
                 continue
@@ -134,18 +135,18 @@ class _Copy:
             if place not in there:
                 target.write(thread_id, record)
         target.settle()
+        copies = target.read_many(thread_id, [(record.ns, record.checkpoint_id) for record in expected])
         for record in expected:
             place = (record.ns, record.checkpoint_id)
-            self._verify(target, record, place in there, ahead)
+            self._verify(target, record, copies.get(place), place in there, ahead)
             report.writes += len(record.writes)
             if place in there:
                 report.present += 1
             else:
                 report.copied += 1
 
-    def _verify(self, target: Side, record: Record, was_there: bool, ahead: bool) -> None:
+    def _verify(self, target: Side, record: Record, found: Record | None, was_there: bool, ahead: bool) -> None:
         thread_id, place = self._report.thread_id, (record.ns, record.checkpoint_id)
-        found = target.read(thread_id, place)
         wrong = _difference(record, found)
         if wrong and not was_there:
             # A value may differ from its parent's under the same version; have every value stored.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, cast
@@ -103,19 +103,26 @@ class Side:
     def forget(self) -> None:
         """Drop what is remembered of a thread."""
 
+    def read_many(self, thread_id: str, places: Sequence[Place]) -> dict[Place, Record]:
+        """Return those of some neighbouring checkpoints, oldest first, that there are."""
+        found = ((place, self.read(thread_id, place)) for place in places)
+        return {place: record for place, record in found if record}
+
     def read(self, thread_id: str, place: Place) -> Record | None:
         """Return a checkpoint with its writes, or None if there is none."""
-        ns, checkpoint_id = place
         # The place of the writes first: what is written meanwhile is then seen as unknown, not as wrong.
         where = self.where(thread_id, place)
         try:
-            found: CheckpointTuple | None = self.saver.get_tuple(_config(thread_id, ns, checkpoint_id))
+            found: CheckpointTuple | None = self.saver.get_tuple(_config(thread_id, *place))
         except TypeError as error:
-            if "Foreign" in str(error):
-                raise _closed(place, "") from error
+            _check_closed(place, error)
             raise
-        if found is None:
-            return None
+        return self._record(place, found, where) if found else None
+
+    def _record(
+        self, place: Place, found: CheckpointTuple, where: Sequence[tuple[str, str, int, str]] | None
+    ) -> Record:
+        ns, checkpoint_id = place
         for part in (found.checkpoint, found.metadata):
             if isinstance(part, Foreign):
                 raise _closed(place, part.kind)
@@ -259,7 +266,6 @@ class DaprSide(Side):
         super().__init__(saver)
         self._client = saver.client
         self._log: ThreadLog | None = None
-        self._entries: dict[Place, Entry] = {}
         self._lists: dict[tuple[str, str], list[Any]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="outlast-migrate", daemon=True)
@@ -270,31 +276,62 @@ class DaprSide(Side):
         yield from self._client.run(THREADS.names())
 
     def places(self, thread_id: str) -> list[Place]:
-        log = self._log = ThreadLog(thread_id)
+        log = self._log_of(thread_id)
         head = self._client.run(log.read())
         entries = self._client.run(log.index.entries(head)) if head else []
-        self._entries = {(entry.ns, entry.checkpoint_id): entry for entry in entries}
-        return _oldest_first(place for place, entry in self._entries.items() if entry.pack)
+        return _oldest_first((entry.ns, entry.checkpoint_id) for entry in entries if entry.pack)
+
+    def read_many(self, thread_id: str, places: Sequence[Place]) -> dict[Place, Record]:
+        # In one go: several checkpoints are in one record.
+        head = self._client.run(self._log_of(thread_id).read())
+        if head is None or not places:
+            return {}
+        wanted = set(places)
+        every = self._client.run(self._log_of(thread_id).index.entries(head))
+        entries = {(entry.ns, entry.checkpoint_id): entry for entry in every if entry.pack}
+        reader = PackReader(self._log_of(thread_id).key, self.saver.serde.loads_typed)
+        names = [name for place in places if place in entries for name in entries[place].writes]
+        packs = self._client.run(reader.packs(names))
+        found: dict[Place, Record] = {}
+        # Above the last of them, and below every other one.
+        before = _config(thread_id, checkpoint_id=places[-1][1] + "~")
+        listing = self.saver.list(_config(thread_id), before=before)
+        while True:
+            try:
+                item = next(listing, None)
+            except TypeError as error:
+                _check_closed(places[-1], error)
+                raise
+            if item is None:
+                break
+            configurable = item.config["configurable"]
+            place = (configurable["checkpoint_ns"], configurable["checkpoint_id"])
+            if place[1] < places[0][1] or len(found) == len(wanted):
+                break
+            if place in wanted and place in entries:
+                found[place] = self._record(place, item, _where(packs, entries[place]))
+        return found
 
     def where(self, thread_id: str, place: Place) -> list[tuple[str, str, int, str]] | None:
-        log = self._log
-        entry = self._entries.get(place)
-        if log is None or log.thread_id != thread_id or entry is None:
-            log = ThreadLog(thread_id)
-            head = self._client.run(log.read())
-            entry = self._client.run(log.index.find(head, *place)) if head else None
+        log = self._log_of(thread_id)
+        head = self._client.run(log.read())
+        entry = self._client.run(log.index.find(head, *place)) if head else None
         if entry is None or not entry.writes:
             return []
         packs = self._client.run(PackReader(log.key, self.saver.serde.loads_typed).packs(entry.writes))
-        kept = {(row.task_id, row.position): row for row in writes_of(packs, entry)}
-        return [(row.task_id, row.task_path, row.position, row.channel) for row in kept.values()]
+        return _where(packs, entry)
+
+    def _log_of(self, thread_id: str) -> ThreadLog:
+        # One for each thread: it keeps the pages of the index, which never change.
+        if self._log is None or self._log.thread_id != thread_id:
+            self._log = ThreadLog(thread_id)
+        return self._log
 
     def busy(self, thread_id: str) -> str:
         head = self._client.run(ThreadLog(thread_id).read())
         return head.active if head else ""
 
     def forget(self) -> None:
-        self._entries.clear()
         self._lists.clear()
         self._log = None
 
@@ -304,13 +341,8 @@ class DaprSide(Side):
             name: self._shared(record.ns, name, value) if type(value) is list else value
             for name, value in values.items()
         }
-        self._entries.pop((record.ns, record.checkpoint_id), None)
         changed = replace(record, checkpoint={**record.checkpoint, "channel_values": shared})
         super().write(thread_id, changed, whole=whole)
-
-    def write_writes(self, thread_id: str, record: Record) -> None:
-        self._entries.pop((record.ns, record.checkpoint_id), None)
-        super().write_writes(thread_id, record)
 
     def _shared(self, ns: str, channel: str, value: list[Any]) -> list[Any]:
         """Return the list with items that were in its last version being the same objects, as the saver looks for."""
@@ -357,6 +389,11 @@ def side_of(saver: BaseCheckpointSaver[Any]) -> Side:
     return Side(saver)
 
 
+def _where(packs: dict[str, Any], entry: Entry) -> list[tuple[str, str, int, str]]:
+    kept = {(row.task_id, row.position): row for row in writes_of(packs, entry)}
+    return [(row.task_id, row.task_path, row.position, row.channel) for row in kept.values()]
+
+
 def same(one: Any, other: Any) -> bool:
     """Return whether two values are the same for all purposes of a saver; JSON may turn 1.0 into 1."""
     if one is other:
@@ -390,7 +427,7 @@ def _config(thread_id: str, ns: str | None = None, checkpoint_id: str | None = N
     return {"configurable": {key: value for key, value in configurable.items() if value is not None}}
 
 
-def _oldest_first(places: Iterator[Place]) -> list[Place]:
+def _oldest_first(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=lambda place: (place[1], place[0]))
 
 
@@ -400,6 +437,12 @@ def _closed(place: Place, kind: str) -> MigrationError:
         "EncryptedSerializer set LANGGRAPH_AES_KEY and use --encrypted; for any other call "
         "outlast.migrate.migrate(source, target) in Python with savers that have your serializer"
     )
+
+
+def _check_closed(place: Place, error: TypeError) -> None:
+    """Tell what it means where a saver stumbles over a checkpoint that is not opened."""
+    if "Foreign" in str(error):
+        raise _closed(place, "") from error
 
 
 def _placed(

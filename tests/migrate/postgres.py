@@ -34,13 +34,13 @@ def server() -> Iterator[str]:
         if user:
             os.chown(home, pwd.getpwnam("postgres").pw_uid, -1)
         data, (port,) = home / "data", free_ports(1)
-        initdb = [folder / "initdb", "-D", data, "-U", "outlast", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        initdb = [str(folder / "initdb"), "-D", str(data), "-U", "outlast", "-A", "trust", "--no-sync", "-E", "UTF8"]
         subprocess.run([*user, *initdb], check=True, capture_output=True, cwd="/")
-        command = [folder / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", home, "-F"]
+        command = [str(folder / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(home), "-F"]
         log = home / "postgres.log"
         child = Child([*user, *command], log=log, env=clean_env({}), cwd=Path("/"))
         try:
-            ready = [folder / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+            ready = [str(folder / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
             wait_for(lambda: subprocess.run(ready, check=False).returncode == 0, 30, "PostgreSQL", every=0.05)
             yield f"postgres://outlast@127.0.0.1:{port}/postgres"
         finally:
