@@ -32,8 +32,9 @@ from langgraph.store.base import (
 from outlast.checkpointer import store_match
 from outlast.checkpointer.client import StateClient, Steps
 from outlast.checkpointer.store_index import PAGE, Index, Namespace
-from outlast.checkpointer.store_items import VALUE, VECTORS, Draft, Items, Stored, Vector, item_key
+from outlast.checkpointer.store_items import VALUE, VECTORS, Draft, Items, Stored, item_key
 from outlast.checkpointer.store_scan import Scan, first_seen
+from outlast.checkpointer.store_vectors import Vector, cosine
 from outlast.errors import StoreError
 
 logger = logging.getLogger("outlast.store")
@@ -247,7 +248,7 @@ class DaprStore(BaseStore):
             vectors = [(cell, vector) for cell, (_, several) in found.items() for vector in several]
             # Vectors of another length were made by another model.
             vectors = [(cell, vector) for cell, vector in vectors if len(vector) == len(query)]
-            scores = store_match.cosine(query, [vector for _, vector in vectors])
+            scores = cosine(query, [vector for _, vector in vectors])
             for (cell, _), score in zip(vectors, scores, strict=True):
                 best[cell] = max(score, best.get(cell, score))
         scored = sorted((row for row in rows if row.cell in best), key=lambda row: best[row.cell], reverse=True)

@@ -9,19 +9,18 @@ a delete; for the same reason, and because reads can extend it, the time to live
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import ormsgpack
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.store.base import Item
 
 from outlast.checkpointer import keys, records
 from outlast.checkpointer.client import Create, Delete, Get, Pause, Save, StateClient, Steps, Swap, load
 from outlast.checkpointer.store_index import Index, Namespace, Place
+from outlast.checkpointer.store_vectors import Vector, pack, unpack
 from outlast.errors import CorruptRecordError, OutlastError, RecordTooLargeError, SerializationError, StoreError
 
 _INLINE: Final = 16_000
@@ -31,7 +30,6 @@ _TRIES: Final = 200
 _REFRESH: Final = 1.0
 """Seconds by which an expiry must move for a read to write it."""
 
-Vector = Sequence[float]
 VALUE, VECTORS = "b", "x"
 
 
@@ -131,7 +129,7 @@ class Items:
             )
         if value is None:
             return Draft(namespace, name, None)
-        packed = _pack_vectors(vectors) if vectors else None
+        packed = pack(vectors) if vectors else None
         return Draft(
             namespace, name, self._dumps(dict(value)), self._dumps(packed) if packed is not None else None, ttl
         )
@@ -184,7 +182,7 @@ class Items:
 
     def _unpack(self, part: str, typed: tuple[str, bytes] | None) -> Any:
         value = None if typed is None else self._serde.loads_typed(typed)
-        return value if part == VALUE else _unpack_vectors(value)
+        return value if part == VALUE else unpack(value)
 
     # --- writing
 
@@ -192,54 +190,56 @@ class Items:
         """Carry out puts and deletes, each of another item, in order."""
         known = yield from self.read(draft.cell for draft in drafts)
         now = self._clock()
-        new: dict[Namespace, list[str]] = {}
-        records_of: dict[str, list[tuple[str, bytes]]] = {}
-        bodies: dict[str, dict[str, Any]] = {}
-        for draft in drafts:
-            if draft.value is not None:
-                bodies[draft.cell], records_of[draft.cell] = self._body(draft)
-                if not known[draft.cell].live(now):
-                    new.setdefault(draft.namespace, []).append(draft.cell)
+        writes = [_Write(draft, self._names.next()) for draft in drafts]
+        new: dict[Namespace, list[_Write]] = {}
+        for write in writes:
+            if write.draft.value is not None:
+                self._prepare(write)
+                if not known[write.draft.cell].live(now):
+                    new.setdefault(write.draft.namespace, []).append(write)
         # Records of items to be created cannot share a transaction with the cell; those of others go with its swap.
-        early = [pair for cell, pairs in records_of.items() if known[cell].body is None for pair in pairs]
+        early = [pair for write in writes if known[write.draft.cell].body is None for pair in write.records]
         if early:
             yield Save(early)
-        places: dict[str, Place] = {}
-        for namespace, item_cells in new.items():
-            places.update((yield from self._index.enter(namespace, item_cells)))
+        for namespace, entering in new.items():
+            places = yield from self._index.enter(namespace, [write.draft.cell for write in entering])
+            for write in entering:
+                write.enter(places[write.draft.cell])
         garbage: list[str] = []
         left: list[Place] = []
-        for draft in drafts:
-            write = _Write(
-                draft, bodies.get(draft.cell, {}), records_of.get(draft.cell, []), known[draft.cell], self._names.next()
-            )
-            yield from self._settle(write, places.get(draft.cell), garbage, left)
+        for write in writes:
+            yield from self._settle(write, known[write.draft.cell], garbage, left)
         yield from self._clear(garbage, left)
 
-    def _settle(self, write: _Write, place: Place | None, garbage: list[str], left: list[Place]) -> Steps[None]:
+    def _settle(self, write: _Write, stored: Stored, garbage: list[str], left: list[Place]) -> Steps[None]:
         """Swap one cell; adds the records and entries that are of no use any more to `garbage` and `left`."""
-        draft, stored = write.draft, write.known
-        tried = [place] if place else []
+        draft = write.draft
         for attempt in range(_TRIES):
             if attempt:
                 stored = (yield from self.read([draft.cell]))[draft.cell]
                 if stored.body is not None and write.name in stored.body["r"]:
                     # It went through; only its acknowledgement was lost.
-                    left += [tried_one for tried_one in tried if tried_one.token != stored.body["t"]]
+                    write.tidy(stored.body, garbage, left)
                     return
                 if attempt > 2:
                     yield Pause(random.uniform(0, min(0.002 * attempt, 0.1)))
+                if draft.value is not None:
+                    # The last try may have gone through and been overwritten since: what it wrote counts as a leftover.
+                    write.place = None
+                    self._prepare(write)
+                    if write.records and stored.body is None:
+                        yield Save(write.records)
             now = self._clock()
             if draft.value is None:
                 if not stored.written:
                     return
                 body = _tombstone(stored, write.name)
             else:
-                keeps = stored.live(now)
-                if not keeps and place is None:
+                place = stored.place if stored.live(now) else write.place
+                if place is None:
                     place = (yield from self._index.enter(draft.namespace, [draft.cell]))[draft.cell]
-                    tried.append(place)
-                body = write.over(stored, stored.place if keeps else place, now)
+                    write.enter(place)
+                body = write.over(stored, place, now)
             data = records.encode(records.ITEM, body)
             if stored.body is None:
                 done = yield Create(draft.cell, data)
@@ -247,24 +247,23 @@ class Items:
                 done = yield Swap(draft.cell, data, stored.etag, write.records)
             if done:
                 garbage += stored.records()
-                left += [tried_one for tried_one in tried if tried_one.token != body["t"]]
+                write.tidy(body, garbage, left)
                 if stored.written and (draft.value is None or stored.place.token != body["t"]):
                     left.append(stored.place)
                 return
-            # Its entry may be taken for a leftover from now on: another try needs another one.
-            place = None
         raise StoreError(f"item {draft.name!r} of {draft.namespace!r} could not be written in {_TRIES} tries")
 
-    def _body(self, draft: Draft) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
-        """Return the parts of a cell that are of the put alone, and the records it needs."""
-        pairs: list[tuple[str, bytes]] = []
+    def _prepare(self, write: _Write) -> None:
+        """Give a put records of its own, under names that nothing has yet."""
+        draft, pairs = write.draft, list[tuple[str, bytes]]()
         assert draft.value is not None
         value: list[Any] = list(draft.value)
         if len(draft.value[1]) > _INLINE:
             value = self._record(draft, draft.value, pairs)
         vectors = self._record(draft, draft.vectors, pairs) if draft.vectors else None
-        body = {"n": list(draft.namespace), "k": draft.name, VALUE: value, VECTORS: vectors, "m": draft.ttl}
-        return body, pairs
+        write.body = {"n": list(draft.namespace), "k": draft.name, VALUE: value, VECTORS: vectors, "m": draft.ttl}
+        write.records = pairs
+        write.keys += [key for key, _ in pairs]
 
     def _record(self, draft: Draft, typed: tuple[str, bytes], pairs: list[tuple[str, bytes]]) -> list[Any]:
         key = f"{draft.cell}-{self._names.next()}"
@@ -321,19 +320,38 @@ class Items:
         return count
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Write:
-    """One put or delete under way. `name` marks the cells it has written."""
+    """One put or delete under way.
+
+    Attributes:
+        name: Marks the cells it has written.
+        body: The parts of the cell that are of the put alone.
+        records: What the cell names.
+        place: Where the item is entered for the next try, if it has been.
+        keys, places: The records and entries of all tries.
+    """
 
     draft: Draft
-    body: dict[str, Any]
-    records: list[tuple[str, bytes]]
-    known: Stored
     name: str
+    body: dict[str, Any] = field(default_factory=dict)
+    records: list[tuple[str, bytes]] = field(default_factory=list)
+    place: Place | None = None
+    keys: list[str] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
 
-    def over(self, stored: Stored, place: Place | None, now: float) -> dict[str, Any]:
+    def enter(self, place: Place) -> None:
+        self.place = place
+        self.places.append(place)
+
+    def tidy(self, body: dict[str, Any], garbage: list[str], left: list[Place]) -> None:
+        """Add what was tried and `body`, the cell as it is now, does not use."""
+        used = {*_record_keys(body), *body["o"]}
+        garbage += [key for key in self.keys if key not in used]
+        left += [place for place in self.places if place.token != body["t"]]
+
+    def over(self, stored: Stored, place: Place, now: float) -> dict[str, Any]:
         """Return the cell that follows `stored`, of an item entered at `place`."""
-        assert place is not None
         same_life = stored.written and stored.place == place
         return {
             **self.body,
@@ -371,24 +389,3 @@ def _typed(ref: Any, found: dict[str, bytes]) -> tuple[str, bytes] | None:
         return ref[0], ref[1]
     kind, data = records.decode(ref[0], records.VALUE, found[ref[0]])
     return kind, data
-
-
-def _pack_vectors(vectors: Sequence[Vector]) -> bytes:
-    """Return vectors as bytes: 4 a number where that loses nothing (most models give such), else 8."""
-    packed = []
-    for vector in vectors:
-        try:
-            data = struct.pack(f"<{len(vector)}f", *vector)
-            exact = struct.unpack(f"<{len(vector)}f", data) == tuple(vector)
-        except OverflowError:
-            exact = False
-        packed.append(["f", data] if exact else ["d", struct.pack(f"<{len(vector)}d", *vector)])
-    return ormsgpack.packb(packed)
-
-
-def _unpack_vectors(data: bytes | None) -> list[Vector]:
-    if data is None:
-        return []
-    return [
-        struct.unpack(f"<{len(raw) // (4 if code == 'f' else 8)}{code}", raw) for code, raw in ormsgpack.unpackb(data)
-    ]

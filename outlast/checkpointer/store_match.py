@@ -1,10 +1,8 @@
-"""What `search` and `list_namespaces` compare: filters, namespaces, vectors. Pure."""
+"""What `search` and `list_namespaces` compare: filters and namespaces. Pure."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from langgraph.store.base import MatchCondition
@@ -71,30 +69,3 @@ def stem(conditions: Iterable[MatchCondition]) -> tuple[str, ...]:
             fixed = path[: path.index("*")] if "*" in path else path
             found = max(found, fixed, key=len)
     return found
-
-
-def cosine(query: Sequence[float], vectors: Sequence[Sequence[float]]) -> list[float]:
-    """Return how alike `query` is to each of `vectors`, all of its length; with NumPy where that is installed."""
-    if not vectors:
-        return []
-    if _numpy is not None:
-        return _cosine_numpy(query, vectors)
-    length = sum(a * a for a in query) ** 0.5
-    scores = []
-    for vector in vectors:
-        other = sum(a * a for a in vector) ** 0.5
-        dot = sum(a * b for a, b in zip(query, vector, strict=True))
-        scores.append(dot / (length * other) if length > 0 and other > 0 else 0.0)
-    return scores
-
-
-def _cosine_numpy(query: Sequence[float], vectors: Sequence[Sequence[float]]) -> list[float]:
-    one, many = _numpy.asarray(query, dtype=float), _numpy.asarray(vectors, dtype=float)
-    lengths = _numpy.linalg.norm(many, axis=1) * _numpy.linalg.norm(one)
-    scores = _numpy.zeros(len(many))
-    some = lengths != 0
-    scores[some] = many[some] @ one / lengths[some]
-    return [float(score) for score in scores]
-
-
-_numpy: Any = importlib.import_module("numpy") if importlib.util.find_spec("numpy") else None

@@ -26,7 +26,7 @@ from langgraph.store.base import (
 )
 from langgraph.store.memory import InMemoryStore
 
-from outlast.checkpointer import DaprStore, records, store_match
+from outlast.checkpointer import DaprStore, records, store_vectors
 from outlast.checkpointer.client import Delete, Get, Save, StateClient
 from outlast.checkpointer.sidecar import Address
 from outlast.checkpointer.store_items import item_key
@@ -456,12 +456,12 @@ def test_cosines_with_and_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None
         sum(a * b for a, b in zip(query, other, strict=True)) / (math.hypot(*query) * math.hypot(*other) or 1)
         for other in vectors
     ]
-    assert store_match.cosine(query, vectors) == pytest.approx(expected)
-    assert store_match.cosine([0.0] * DIMS, vectors) == [0.0] * len(vectors)
-    monkeypatch.setattr(store_match, "_numpy", None)
-    assert store_match.cosine(query, vectors) == pytest.approx(expected)
-    assert store_match.cosine([0.0] * DIMS, vectors) == [0.0] * len(vectors)
-    assert store_match.cosine(query, []) == []
+    assert store_vectors.cosine(query, vectors) == pytest.approx(expected)
+    assert store_vectors.cosine([0.0] * DIMS, vectors) == [0.0] * len(vectors)
+    monkeypatch.setattr(store_vectors, "_numpy", None)
+    assert store_vectors.cosine(query, vectors) == pytest.approx(expected)
+    assert store_vectors.cosine([0.0] * DIMS, vectors) == [0.0] * len(vectors)
+    assert store_vectors.cosine(query, []) == []
 
 
 def test_tuples_come_back_as_lists_as_from_all_stores_that_outlive_the_process(make: MakeStore) -> None:

@@ -120,6 +120,13 @@ def assert_sound(
         assert set(reopen().list_namespaces(limit=10_000)) == {space for space, _ in got}
 
 
+def assert_no_orphans(shelf: Shelf) -> None:
+    """Every record is named by a cell."""
+    keys = [key for key in shelf.data if key.startswith("m-")]
+    rows = shelf.run(opened(shelf)._items.read(key for key in keys if key.count("-") == 1))
+    assert {key for key in keys if key not in rows} <= {name for row in rows.values() for name in row.records()}
+
+
 def interleave(shelf: Shelf, rules: list[Steps[Any]], chance: random.Random) -> list[Any]:
     """Carry out rules request by request in random order, by fits and starts, each as if in a process of its own."""
     waiting: dict[int, Any] = {}
@@ -205,6 +212,8 @@ def test_any_interleaving(seed: int, lossy: float) -> None:
         world.now += 100_000
         world.open().sweep_ttl()
         assert_sound(world.open, [*world.names, *world.stable])
+        if not lossy:
+            assert_no_orphans(world.shelf)
 
 
 class Paused:
@@ -255,6 +264,25 @@ def test_an_entry_that_was_taken_for_a_leftover() -> None:
     slow.until(lambda operation: False)
     assert [item.value for item in store.search(NAMESPACE)] == [{"by": "slow"}]
     assert_sound(partial(opened, shelf), ["k"])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["create", "overwrite"])
+def test_a_put_whose_answer_is_lost_and_that_is_overwritten_often(first: bool) -> None:
+    shelf = Shelf()
+    store = opened(shelf)
+    if not first:
+        store.put(NAMESPACE, "k", {"v": "old " * 100})
+    slow = Paused(shelf, steps_of(opened(shelf), [PutOp(NAMESPACE, "k", {"v": "slow " * 100})]))
+    slow.until(lambda operation: isinstance(operation, Create | Swap) and operation.key.startswith("m-"))
+    shelf.lossy = 1.0
+    slow.step()
+    shelf.lossy = 0.0
+    for number in range(6):
+        store.put(NAMESPACE, "k", {"v": f"{number} " * 100})
+    slow.until(lambda operation: False)
+    assert store.get(NAMESPACE, "k").value == {"v": "slow " * 100}
+    assert_sound(partial(opened, shelf), ["k"])
+    assert_no_orphans(shelf)
 
 
 def test_new_namespaces_at_once() -> None:
