@@ -1,4 +1,4 @@
-"""The command line: `outlast demo`, `worker`, `sidecar`, `runs` and `show`.
+"""The command line: `outlast demo`, `worker`, `sidecar`, `runs`, `show`, `migrate` and `doctor`.
 
 Data goes to stdout, everything else to stderr. Exit status: 0 all right, 1 an error (with a message that names the
 mend), 2 wrong usage.
@@ -14,6 +14,7 @@ import typer
 
 from outlast.cli._console import complain, print_line
 from outlast.cli.demo import command as demo
+from outlast.cli.doctor import command as doctor
 from outlast.cli.migrate import command as migrate
 from outlast.cli.runs import command as list_runs
 from outlast.cli.show import command as show
@@ -36,6 +37,7 @@ app.command("sidecar")(sidecar)
 app.command("runs")(list_runs)
 app.command("show")(show)
 app.command("migrate")(migrate)
+app.command("doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:
