@@ -388,7 +388,7 @@ class _Examiner:
             self._found.guarantee = "at-least-once"
         else:
             self._found.guarantee = "exactly-once"
-        if claimed != "exactly-once" and not failed & _RACES:
+        if claimed != "exactly-once":
             why = self._client.capabilities.quirks.why or "it has no ETags"
             self._note("component", "failed", f"{self._client.capabilities.component_type}: {why}", _CHOOSE)
 
@@ -441,7 +441,6 @@ class _Examiner:
         self._note("workflow", "ok" if good else "failed", detail, mend)
 
 
-_RACES: Final = {"stale ETag", "compare-and-swap race", "creation race", "scratch thread"}
 _CHOOSE: Final = (
     "choose a component with a sound compare-and-swap (state.postgresql, state.redis, state.sqlite, state.mysql, "
     'state.mongodb), or ask for guarantee="at-least-once" and let one process at a time write to a thread'

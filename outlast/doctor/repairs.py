@@ -153,7 +153,7 @@ class _Repair:
             hint = "" if self._drop else "; --drop removes such checkpoints, the thread then goes on from those before"
             where = f"{thread_id} checkpoint {entry.checkpoint_id}" + (f" in {entry.ns}" if entry.ns else "")
             self.note("unreadable checkpoint", where, f"{trouble}{hint}", mended)
-        return [] if mended else list(broken)
+        return [] if mended and not self._dry_run else list(broken)
 
     def _dropped(self, log: ThreadLog, broken: dict[Entry, str]) -> Steps[bool]:
         """Let the thread consist of what can be read."""

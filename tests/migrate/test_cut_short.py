@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +41,51 @@ def make(path: Path, turns: int) -> list[str]:
         return [repr(seen(saver, "one")), repr(seen(saver, "two"))]
 
 
+def from_request(number: int, after: bool, cut: list[int]) -> Callable[[StateClient, Any], Any]:
+    """Let nothing through from the store's `number`-th change on, as from a killed process; `cut` tells."""
+    perform, count = StateClient._perform, itertools.count()
+
+    def failing(self: StateClient, operation: Any) -> Any:
+        if not cut and (not isinstance(operation, Save | Create | Swap | Delete) or next(count) != number):
+            return perform(self, operation)
+        if after and not cut:
+            perform(self, operation)
+        cut.append(1)
+        raise _CutShort
+
+    return failing
+
+
+def from_call(number: int, cut: list[int]) -> Callable[[Any], Any]:
+    """Let calls fail from the `number`-th on."""
+    count = itertools.count()
+
+    def failing(real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if cut or next(count) == number:
+                cut.append(1)
+                raise _CutShort
+            return real(*arguments, **options)
+
+        return call
+
+    return failing
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_cut_at_every_request_on_the_way_in(
     tmp_path: Path, sidecar_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
+    monkeypatch.setattr("outlast.migrate.copying._WINDOW", 3)
     path = tmp_path / "a.sqlite"
-    expected = make(path, 12)
+    expected = make(path, 3)
     saver = DaprSaver()
     go_on(saver, "other")
     other = repr(seen(saver, "other"))
     for number in range(200):
-        perform, count, cut = StateClient._perform, itertools.count(), []
-
-        def failing(self: StateClient, operation: Any) -> Any:
-            # From the cut on nothing gets through, as from a killed process.
-            changes = isinstance(operation, Save | Create | Swap | Delete)
-            if not cut and (not changes or next(count) != number):
-                return perform(self, operation)
-            if after and not cut:
-                perform(self, operation)
-            cut.append(1)
-            raise _CutShort
-
+        cut: list[int] = []
         with monkeypatch.context() as patched:
-            patched.setattr(StateClient, "_perform", failing)
+            patched.setattr(StateClient, "_perform", from_request(number, after, cut))
             copy(f"sqlite:{path}", "statestore")
         assert not any(copy(f"sqlite:{path}", "statestore"))
         assert [repr(seen(saver, "one")), repr(seen(saver, "two"))] == expected
@@ -84,21 +106,11 @@ def test_cut_at_every_write_on_the_way_out(
     assert not any(copy(f"sqlite:{path}", "statestore"))
     for number in range(200):
         target = tmp_path / f"out-{number}.sqlite"
-        count, cut = itertools.count(), []
-        put, put_writes = SqliteSaver.put, SqliteSaver.put_writes
-
-        def failing(real: Any) -> Any:
-            def call(*arguments: Any, **options: Any) -> Any:
-                if cut or next(count) == number:
-                    cut.append(1)
-                    raise _CutShort
-                return real(*arguments, **options)
-
-            return call
-
+        cut: list[int] = []
+        failing = from_call(number, cut)
         with monkeypatch.context() as patched:
-            patched.setattr(SqliteSaver, "put", failing(put))
-            patched.setattr(SqliteSaver, "put_writes", failing(put_writes))
+            patched.setattr(SqliteSaver, "put", failing(SqliteSaver.put))
+            patched.setattr(SqliteSaver, "put_writes", failing(SqliteSaver.put_writes))
             copy("statestore", f"sqlite:{target}")
         assert not any(copy("statestore", f"sqlite:{target}"))
         with SqliteSaver.from_conn_string(str(target)) as saver:
