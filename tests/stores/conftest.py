@@ -79,11 +79,16 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         try:
             daprd = sidecar.start(home / "daprd", component)
         except AssertionError as error:
-            _BROKEN[name] = f"daprd does not start on {name}: {str(error)[-600:]}"
+            _BROKEN[name] = f"daprd does not start on {name}: {_cause(str(error))}"
             pytest.fail(_BROKEN[name], pytrace=False)
         stack.callback(daprd.kill)
         _STARTED[name] = Running(name, store, component, daprd)
         yield _STARTED[name]
+
+
+def _cause(said: str) -> str:
+    fatal = [line for line in said.splitlines() if "level=fatal" in line]
+    return (fatal or [said])[-1][-1500:]
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +167,168 @@ def _mysql(home: Path) -> Iterator[Component]:
 
 _store("cockroachdb-v2", "PostgreSQL 15, whose protocol it speaks")(_on_postgres("state.cockroachdb", "v2"))
 _store("yugabytedb", "PostgreSQL 15, whose protocol it speaks")(_on_postgres("state.yugabytedb", "v2"))
+
+
+@contextlib.contextmanager
+def _namespace() -> Iterator[tuple[str, list[str]]]:
+    """A network namespace for servers that bind every interface: yields its address and what to start them with.
+
+    Nothing but this host reaches it, over a pair of virtual interfaces.
+    """
+    tool = _program("ip", "iproute2")
+    if os.geteuid() != 0:
+        raise CannotStart("it binds every interface, so it needs a network namespace, and those need root")
+    token = secrets.token_hex(2)
+    name, outer, inner = f"ol-{token}", f"ol{token}o", f"ol{token}i"
+    net = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(256)}"
+    inside = [tool, "netns", "exec", name]
+    _checked([tool, "netns", "add", name], Path("/"))
+    try:
+        _checked([tool, "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", name], Path("/"))
+        _checked([tool, "addr", "add", f"{net}.1/30", "dev", outer], Path("/"))
+        _checked([tool, "link", "set", outer, "up"], Path("/"))
+        _checked([*inside, tool, "addr", "add", f"{net}.2/30", "dev", inner], Path("/"))
+        for device in (inner, "lo"):
+            _checked([*inside, tool, "link", "set", device, "up"], Path("/"))
+        yield f"{net}.2", inside
+    finally:
+        subprocess.run([tool, "netns", "del", name], check=False)
+
+
+def _downloads() -> Path:
+    root = os.environ.get("OUTLAST_CACHE") or os.path.expanduser("~/.cache/outlast")
+    return Path(root) / "stores"
+
+
+def _java(*artifacts: str) -> tuple[str, str]:
+    """Return java and the class path of these Maven artifacts (`group:name:version`) with all they need."""
+    java, maven = _program("java", "default-jre-headless"), _program("mvn", "maven")
+    home = _downloads() / artifacts[0].replace(":", "-")
+    done = home / "classpath"
+    if not done.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        wanted = "".join(
+            "<dependency><groupId>{}</groupId><artifactId>{}</artifactId><version>{}</version></dependency>".format(
+                *artifact.split(":")
+            )
+            for artifact in artifacts
+        )
+        (home / "pom.xml").write_text(
+            '<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>'
+            "<groupId>outlast</groupId><artifactId>server</artifactId><version>1</version>"
+            f"<dependencies>{wanted}</dependencies></project>"
+        )
+        _checked([maven, "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=jars"], home)
+        done.write_text(f"{home}/jars/*")
+    return java, done.read_text()
+
+
+def _node(package: str, program: str) -> list[str | Path]:
+    """Return the command of a program of an npm package."""
+    home = _downloads() / "npm" / package.replace("/", "-")
+    found = home / "node_modules" / ".bin" / program
+    if not found.exists():
+        npm = _program("npm", "npm")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "package.json").write_text('{"private": true}')
+        _checked([npm, "install", "--no-audit", "--no-fund", "--loglevel=error", package], home)
+    return [found]
+
+
+@_store("dynamodb", "DynamoDB Local 2.6.1")
+def _dynamodb(home: Path) -> Iterator[Component]:
+    java, path = _java("com.amazonaws:DynamoDBLocal:2.6.1")
+    native = Path(path).parent
+    for library in native.glob("libsqlite4java-linux-amd64-*.so"):
+        shutil.copy(library, native / "libsqlite4java-linux-amd64.so")
+    with _namespace() as (host, inside):
+        command = [*inside, java, "-Xmx1g", f"-Dsqlite4java.library.path={native}", "-cp", path]
+        command += ["com.amazonaws.services.dynamodbv2.local.main.ServerRunner", "-inMemory", "-port", "8000"]
+        with _running(command, home / "dynamodb", host, 8000):
+            _make_table(f"http://{host}:8000", "outlast")
+            yield Component(
+                "state.aws.dynamodb",
+                {
+                    "endpoint": f"http://{host}:8000",
+                    "region": "us-east-1",
+                    "accessKey": "local",
+                    "secretKey": "local",
+                    "table": "outlast",
+                },
+            )
+
+
+def _make_table(url: str, table: str) -> None:
+    body = {
+        "TableName": table,
+        "AttributeDefinitions": [{"AttributeName": "key", "AttributeType": "S"}],
+        "KeySchema": [{"AttributeName": "key", "KeyType": "HASH"}],
+        "BillingMode": "PAY_PER_REQUEST",
+    }
+    # DynamoDB Local reads the key id from the signature and does not check it.
+    scope = "local/20260101/us-east-1/dynamodb/aws4_request"
+    headers = {
+        "Content-Type": "application/x-amz-json-1.0",
+        "X-Amz-Target": "DynamoDB_20120810.CreateTable",
+        "Authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
+    }
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=30).close()
+
+
+_AZURITE_ACCOUNT = "devstoreaccount1"
+# The key that Microsoft's documentation of the emulator gives to everybody.
+_AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+@contextlib.contextmanager
+def _azurite(home: Path, service: str) -> Iterator[str]:
+    (port,) = free_ports(1)
+    command = [*_node("azurite", f"azurite-{service}"), f"--{service}Host", _LOOPBACK, f"--{service}Port", str(port)]
+    command += ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence"]
+    with _running(command, home, _LOOPBACK, port):
+        yield f"http://{_LOOPBACK}:{port}/{_AZURITE_ACCOUNT}"
+
+
+@_store("azure-blobstorage", "Azurite")
+def _blob(home: Path) -> Iterator[Component]:
+    with _azurite(home / "azurite", "blob") as url:
+        settings = {"accountName": _AZURITE_ACCOUNT, "accountKey": _AZURITE_KEY, "containerName": "outlast"}
+        yield Component("state.azure.blobstorage", {**settings, "endpoint": url.rpartition("/")[0]}, "v2")
+
+
+@_store("azure-tablestorage", "Azurite")
+def _table(home: Path) -> Iterator[Component]:
+    with _azurite(home / "azurite", "table") as url:
+        settings = {"accountName": _AZURITE_ACCOUNT, "accountKey": _AZURITE_KEY, "tableName": "outlast"}
+        yield Component("state.azure.tablestorage", {**settings, "serviceURL": url})
+
+
+@_store("zookeeper", "ZooKeeper 3.4.6")
+def _zookeeper(home: Path) -> Iterator[Component]:
+    java, path = _java("org.apache.zookeeper:zookeeper:3.4.6")
+    (port,) = free_ports(1)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "zoo.cfg").write_text(
+        f"tickTime=2000\ndataDir={home}/data\nclientPort={port}\nclientPortAddress={_LOOPBACK}\n"
+    )
+    command = [java, "-Dzookeeper.skipACL=yes", "-Dzookeeper.jmx.log4j.disable=true", "-cp", path]
+    command += ["org.apache.zookeeper.server.ZooKeeperServerMain", home / "zoo.cfg"]
+    with _running(command, home / "zookeeper", _LOOPBACK, port):
+        yield Component(
+            "state.zookeeper", {"servers": f"{_LOOPBACK}:{port}", "sessionTimeout": "10s", "keyPrefixPath": "/"}
+        )
+
+
+@_store("couchbase", "CouchbaseMock 1.5.27")
+def _couchbase(home: Path) -> Iterator[Component]:
+    java, path = _java("com.couchbase.mock:CouchbaseMock:1.5.27")
+    with _namespace() as (host, inside):
+        command = [*inside, java, "-cp", path, "com.couchbase.mock.CouchbaseMock"]
+        command += ["--host", host, "--port", "8091", "--nodes", "1", "--replicas", "0", "--buckets", "default::"]
+        with _running(command, home / "couchbase", host, 8091):
+            settings = {"couchbaseURL": f"http://{host}:8091", "username": "", "password": "", "bucketName": "default"}
+            yield Component("state.couchbase", settings)
 
 
 # --- the stores that cannot

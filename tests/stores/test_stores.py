@@ -22,7 +22,7 @@ from tests.harness.procs import Child, wait_for_lines
 from tests.stores.conftest import Running
 from tests.stores.facade import SyncFacade
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(300)
 
 
 def put(saver: Any, thread_id: str, value: Any, parent: Any = None, step: int = 0) -> Any:
