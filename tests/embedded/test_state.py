@@ -76,7 +76,7 @@ def test_a_stale_etag_is_refused(client: DaprClient, key: str, options: StateOpt
     assert client.get_state(STORE, key).data == b"two"
 
 
-@pytest.mark.parametrize("etag", ["not-an-etag", "1", str(uuid.uuid4())])
+@pytest.mark.parametrize("etag", ["not-an-etag", "1", str(uuid.uuid4())], ids=["text", "number", "uuid"])
 def test_an_etag_of_a_missing_key_is_refused(client: DaprClient, key: str, etag: str) -> None:
     assert code_of(lambda: client.save_state(STORE, key, "x", etag=etag))[0] == grpc.StatusCode.ABORTED
     assert client.get_state(STORE, key).etag == ""
