@@ -327,7 +327,12 @@ def _couchbase(home: Path) -> Iterator[Component]:
         command = [*inside, java, "-cp", path, "com.couchbase.mock.CouchbaseMock"]
         command += ["--host", host, "--port", "8091", "--nodes", "1", "--replicas", "0", "--buckets", "default::"]
         with _running(command, home / "couchbase", host, 8091):
-            settings = {"couchbaseURL": f"http://{host}:8091", "username": "", "password": "", "bucketName": "default"}
+            settings = {
+                "couchbaseURL": f"http://{host}:8091",
+                "username": "default",
+                "password": "x",
+                "bucketName": "default",
+            }
             yield Component("state.couchbase", settings)
 
 
@@ -394,3 +399,23 @@ def _make_bucket(port: int, bucket: str) -> None:
         while '"config"' not in answer:
             answer += connection.recv(65536).decode()
             assert '"error"' not in answer, answer
+
+
+# --- the stores that nothing here can start
+
+
+def _not_here(name: str, server: str, reason: str, sound: bool = True) -> None:
+    def start(home: Path) -> Iterator[Component]:
+        raise CannotStart(reason)
+        yield
+
+    _store(name, server, sound)(start)
+
+
+_not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
+_not_here("azure-cosmosdb", "@vercel/cosmosdb-server", "the emulator works only after it is patched")
+_not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
+_not_here("cassandra", "Cassandra 5.0.6", "no fixture yet: org.apache.cassandra:cassandra-all", sound=False)
+_not_here("coherence", "Coherence CE 25.03.2", "no fixture yet: com.oracle.coherence.ce", sound=False)
+_not_here("consul", "Consul", "no fixture yet: has to be built with Go", sound=False)
+_not_here("cloudflare-workerskv", "miniflare", "no fixture yet", sound=False)
