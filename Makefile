@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dapr lint format types dapr bench clean
+.PHONY: help setup demo test test-dapr test-stores lint format types dapr bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ test: setup ## Run the tests (no Dapr installation needed)
 
 test-dapr: setup dapr ## Run the acceptance tests on a real Dapr runtime
 	$(BIN)/pytest -m "dapr or acceptance" --sidecar=daprd $(ARGS)
+
+# Which stores: all that can be started here, or STORE=redis, or STORE=redis,mysql
+STORE ?= all
+test-stores: setup dapr ## Run the tests of state stores on real servers (STORE=redis for one)
+	STORE=$(STORE) $(BIN)/pytest tests/stores -rs $(ARGS)
 
 lint: setup ## Check style and format
 	$(BIN)/ruff check .

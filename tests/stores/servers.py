@@ -285,7 +285,7 @@ _AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K
 def _azurite(home: Path, service: str) -> Iterator[str]:
     (port,) = free_ports(1)
     command = [*_node("azurite", f"azurite-{service}"), f"--{service}Host", _LOOPBACK, f"--{service}Port", str(port)]
-    command += ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence"]
+    command += ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
     with _running(command, home, _LOOPBACK, port):
         yield f"http://{_LOOPBACK}:{port}/{_AZURITE_ACCOUNT}"
 
@@ -325,7 +325,7 @@ def _couchbase(home: Path) -> Iterator[Component]:
     java, path = _java("com.couchbase.mock:CouchbaseMock:1.5.27")
     with _namespace() as (host, inside):
         command = [*inside, java, "-cp", path, "com.couchbase.mock.CouchbaseMock"]
-        command += ["--host", host, "--port", "8091", "--nodes", "1", "--replicas", "0", "--buckets", "default::"]
+        command += ["--host", host, "--port", "8091", "--nodes", "1", "--replicas", "0", "--buckets", "outlast:x:"]
         with _running(command, home / "couchbase", host, 8091):
             settings = {
                 "couchbaseURL": f"http://{host}:8091",

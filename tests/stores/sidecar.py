@@ -39,7 +39,10 @@ class StateSidecar(Daprd):
 
     def _ready(self) -> bool:
         assert self.child.alive, f"daprd ended; it said:\n{self.child.tail()}"
-        return http_ok(f"{self.http_url}/v1.0/healthz/outbound")
+        # It says that it is healthy before it has failed to start a component.
+        return http_ok(f"{self.http_url}/v1.0/healthz/outbound") and STATE_STORE in str(
+            self.metadata().get("components")
+        )
 
 
 def start(home: Path, component: Component) -> StateSidecar:
