@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dapr test-stores lint format types dapr bench clean
+.PHONY: help setup demo test test-dapr test-stores lint format types dapr bench bench-checkpointer clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml uv.lock tools/bootstrap.py
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV) --stamp $(READY)
@@ -21,10 +21,10 @@ demo: setup ## Kill an agent in the middle of its run and watch it finish by its
 	@$(BIN)/outlast demo
 
 test: setup ## Run the tests (no Dapr installation needed)
-	$(BIN)/pytest -m "not dapr" $(ARGS)
+	$(BIN)/pytest -n auto -rs -m "not dapr" $(ARGS)
 
 test-dapr: setup dapr ## Run the acceptance tests on a real Dapr runtime
-	$(BIN)/pytest -m "dapr or acceptance" --sidecar=daprd $(ARGS)
+	$(BIN)/pytest -n auto -rs -m "dapr or acceptance" --sidecar=daprd $(ARGS)
 
 # Which stores: all that can be started here, or STORE=redis, or STORE=redis,mysql
 STORE ?= all
@@ -45,8 +45,11 @@ types: setup ## Check types
 dapr: ## Get daprd, placement and scheduler: an installed Dapr, else a build from source in a cache
 	@$(PYTHON) tools/get_dapr.py
 
-bench: setup ## Measure the cost of a superstep
-	$(BIN)/python benchmarks/supersteps.py $(ARGS)
+bench: setup dapr ## Measure the cost of a superstep
+	$(BIN)/python -m benchmarks.supersteps $(ARGS)
+
+bench-checkpointer: setup dapr ## Measure DaprSaver next to LangGraph's own savers (needs PostgreSQL and Redis servers)
+	$(BIN)/python -m benchmarks.checkpointer $(ARGS)
 
 clean: ## Remove .venv and what the tools left in the tree
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
