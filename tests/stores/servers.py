@@ -59,7 +59,9 @@ def _store(name: str, server: str, sound: bool = True) -> Callable[[Callable[[Pa
 
 
 def _program(name: str, package: str) -> str:
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin:/sbin")
+    # Where Debian puts what no ordinary user starts.
+    hidden = ["/usr/sbin", "/usr/local/sbin", "/sbin", *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(hidden))
     if not found:
         raise CannotStart(f"{name} is not installed (apt install {package})")
     return found
@@ -325,13 +327,24 @@ def _couchbase(home: Path) -> Iterator[Component]:
     java, path = _java("com.couchbase.mock:CouchbaseMock:1.5.27")
     with _namespace() as (host, inside):
         command = [*inside, java, "-cp", path, "com.couchbase.mock.CouchbaseMock"]
-        command += ["--host", host, "--port", "8091", "--nodes", "1", "--replicas", "0", "--buckets", "outlast:x:"]
+        command += [
+            "--host",
+            host,
+            "--port",
+            "8091",
+            "--nodes",
+            "1",
+            "--replicas",
+            "0",
+            "--buckets",
+            "outlast:outlast:",
+        ]
         with _running(command, home / "couchbase", host, 8091):
             settings = {
                 "couchbaseURL": f"http://{host}:8091",
-                "username": "default",
-                "password": "x",
-                "bucketName": "default",
+                "username": "outlast",
+                "password": "outlast",
+                "bucketName": "outlast",
             }
             yield Component("state.couchbase", settings)
 
