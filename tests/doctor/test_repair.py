@@ -36,7 +36,7 @@ def talk(saver: DaprSaver, thread_id: str, turns: int = 4) -> None:
     builder = StateGraph(State)
     builder.add_node("reply", lambda state: {"items": [f"{len(state['items'])} " * 20], "note": "x" * 30_000})
     builder.add_edge(START, "reply")
-    graph = builder.compile(checkpointer=saver)
+    graph: Any = builder.compile(checkpointer=saver)
     for turn in range(turns):
         graph.invoke({"items": [f"turn {turn}"]}, {"configurable": {"thread_id": thread_id}})
 
