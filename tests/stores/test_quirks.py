@@ -16,6 +16,7 @@ from dapr.proto import api_service_v1, api_v1, common_v1
 
 from outlast.checkpointer.client import Create, Get, Item, StateClient, Swap
 from outlast.checkpointer.quirks import Quirks
+from outlast.errors import RecordTooLargeError
 from tests.harness.daprd import STATE_STORE
 from tests.stores.conftest import Running
 
@@ -200,3 +201,13 @@ def test_raw_bytes(running: Running, api: Api, quirks: Quirks) -> None:
     exact = api.save(name, value) and api.get(name)[0] == value
     running.measured["raw_bytes"] = exact
     assert exact or quirks.text
+
+
+def test_what_is_too_large_is_refused_before_anything_is_written(running: Running, quirks: Quirks) -> None:
+    client, head, record = running.client(), key(), key()
+    assert client.run(_one(Create(head, b"OL1")))
+    item: Item = client.run(_one(Get((head,))))[head]
+    with pytest.raises(RecordTooLargeError, match=head):
+        client.run(_one(Swap(head, b"x" * (quirks.max_value + 1), item.etag, [(record, b"OLrecord")])))
+    assert not client.run(_one(Get((record,))))[record].data
+    assert client.run(_one(Get((head,))))[head].data == b"OL1"
