@@ -76,11 +76,16 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if name in _BROKEN:
             pytest.fail(_BROKEN[name], pytrace=False)
         assert component is not None
-        try:
-            daprd = sidecar.start(home / "daprd", component)
-        except AssertionError as error:
-            _BROKEN[name] = f"daprd does not start on {name}: {_cause(str(error))}"
-            pytest.fail(_BROKEN[name], pytrace=False)
+        for attempt in range(3):
+            try:
+                daprd = sidecar.start(home / "daprd", component)
+            except AssertionError as error:
+                # A cold server may be too slow for what a component sets up at its start.
+                if attempt == 2:
+                    _BROKEN[name] = f"daprd does not start on {name}: {_cause(str(error))}"
+                    pytest.fail(_BROKEN[name], pytrace=False)
+            else:
+                break
         stack.callback(daprd.kill)
         _STARTED[name] = Running(name, store, component, daprd)
         yield _STARTED[name]

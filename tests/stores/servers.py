@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -414,6 +415,70 @@ def _make_bucket(port: int, bucket: str) -> None:
             assert '"error"' not in answer, answer
 
 
+@_store("cassandra", "Cassandra 5.0.6", sound=False)
+def _cassandra(home: Path) -> Iterator[Component]:
+    java, path = _java("org.apache.cassandra:cassandra-all:5.0.6")
+    home = home / "cassandra"
+    home.mkdir(parents=True)
+    native, storage = free_ports(2)
+    settings = {
+        "cluster_name": "outlast",
+        "partitioner": "org.apache.cassandra.dht.Murmur3Partitioner",
+        "endpoint_snitch": "SimpleSnitch",
+        "seed_provider": [
+            {
+                "class_name": "org.apache.cassandra.locator.SimpleSeedProvider",
+                "parameters": [{"seeds": f"{_LOOPBACK}:{storage}"}],
+            }
+        ],
+        "listen_address": _LOOPBACK,
+        "rpc_address": _LOOPBACK,
+        "storage_port": storage,
+        "native_transport_port": native,
+        "start_native_transport": True,
+        "commitlog_sync": "periodic",
+        "commitlog_sync_period": "10000ms",
+        "commitlog_directory": f"{home}/commitlog",
+        "data_file_directories": [f"{home}/data"],
+        "saved_caches_directory": f"{home}/saved",
+        "hints_directory": f"{home}/hints",
+        "cdc_raw_directory": f"{home}/cdc",
+        "authenticator": "PasswordAuthenticator",
+        "authorizer": "AllowAllAuthorizer",
+    }
+    # JSON is YAML.
+    (home / "cassandra.yaml").write_text(json.dumps(settings))
+    opened = ("lang", "lang.module", "lang.reflect", "math", "io", "net", "nio", "util", "util.concurrent")
+    opens = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in opened]
+    opens += [f"--add-opens=java.base/java.util.concurrent.{name}=ALL-UNNAMED" for name in ("atomic", "locks")]
+    inner = ("misc", "ref", "reflect", "math", "module", "util.jar", "loader")
+    opens += [f"--add-opens=java.base/jdk.internal.{name}=ALL-UNNAMED" for name in inner]
+    opens += [f"--add-exports=java.base/jdk.internal.{name}=ALL-UNNAMED" for name in inner]
+    opens += ["--add-exports=java.base/sun.nio.ch=ALL-UNNAMED", "--add-opens=java.base/sun.nio.ch=ALL-UNNAMED"]
+    opens += [f"--add-exports=java.{part}=ALL-UNNAMED" for part in ("rmi/sun.rmi.registry", "rmi/sun.rmi.server")]
+    opens += [f"--add-exports=java.rmi/sun.rmi.transport{part}=ALL-UNNAMED" for part in ("", ".tcp")]
+    opens += ["--add-exports=jdk.unsupported/sun.misc=ALL-UNNAMED", "--add-exports=java.sql/java.sql=ALL-UNNAMED"]
+    opens += ["--add-opens=jdk.management/com.sun.management.internal=ALL-UNNAMED"]
+    command: list[str | Path] = [java, *opens, "-Xms512m", "-Xmx512m", "-Djdk.attach.allowAttachSelf=true"]
+    command += [f"-Dcassandra.config=file://{home}/cassandra.yaml", f"-Dcassandra.storagedir={home}"]
+    command += ["-Dcassandra-foreground=yes", "-Dcassandra.skip_wait_for_gossip_to_settle=0"]
+    command += ["-Dcassandra.ring_delay_ms=100", "-Dcassandra.superuser_setup_delay_ms=0", "-cp", path]
+    with _running([*command, "org.apache.cassandra.service.CassandraDaemon"], home, _LOOPBACK, native):
+        # The default user is made a moment after the port opens.
+        time.sleep(5)
+        yield Component(
+            "state.cassandra",
+            {
+                "hosts": _LOOPBACK,
+                "port": str(native),
+                "username": "cassandra",
+                "password": "cassandra",
+                "consistency": "Quorum",
+                "replicationFactor": "1",
+            },
+        )
+
+
 # --- the stores that nothing here can start
 
 
@@ -428,7 +493,6 @@ def _not_here(name: str, server: str, reason: str, sound: bool = True) -> None:
 _not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
 _not_here("azure-cosmosdb", "@vercel/cosmosdb-server", "the emulator works only after it is patched")
 _not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
-_not_here("cassandra", "Cassandra 5.0.6", "no fixture yet: org.apache.cassandra:cassandra-all", sound=False)
 _not_here("coherence", "Coherence CE 25.03.2", "no fixture yet: com.oracle.coherence.ce", sound=False)
 _not_here("consul", "Consul", "no fixture yet: has to be built with Go", sound=False)
 _not_here("cloudflare-workerskv", "miniflare", "no fixture yet", sound=False)
