@@ -479,6 +479,17 @@ def _cassandra(home: Path) -> Iterator[Component]:
         )
 
 
+@_store("coherence", "Coherence CE 25.03.2", sound=False)
+def _coherence(home: Path) -> Iterator[Component]:
+    names = ("coherence", "coherence-grpc-proxy", "coherence-json")
+    java, path = _java(*(f"com.oracle.coherence.ce:{name}:25.03.2" for name in names))
+    with _namespace() as (host, inside):
+        command = [*inside, java, "-Xmx1g", "-Dcoherence.wka=127.0.0.1", "-Dcoherence.localhost=127.0.0.1"]
+        command += ["-Dcoherence.grpc.server.port=1408", f"-Dcoherence.grpc.server.address={host}"]
+        with _running([*command, "-cp", path, "com.tangosol.net.Coherence"], home / "coherence", host, 1408):
+            yield Component("state.coherence", {"serverAddress": f"{host}:1408", "requestTimeout": "30s"})
+
+
 # --- the stores that nothing here can start
 
 
@@ -493,6 +504,5 @@ def _not_here(name: str, server: str, reason: str, sound: bool = True) -> None:
 _not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
 _not_here("azure-cosmosdb", "@vercel/cosmosdb-server", "the emulator works only after it is patched")
 _not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
-_not_here("coherence", "Coherence CE 25.03.2", "no fixture yet: com.oracle.coherence.ce", sound=False)
 _not_here("consul", "Consul", "no fixture yet: has to be built with Go", sound=False)
 _not_here("cloudflare-workerskv", "miniflare", "no fixture yet", sound=False)
