@@ -141,6 +141,8 @@ _Calls = Generator[tuple[str, Any], Any, T]
 """An operation as requests: yields a method and its request, is sent the reply or the error, returns the result."""
 _WAIT: Final = "wait"
 """In place of a method: the request is a number of seconds to sleep."""
+_WARNED: Final[set[tuple[str, str]]] = set()
+"""Stores of which this process has said what they do not give."""
 _BULK: Final = 50
 _BULK_READ: Final = 100
 _CHUNK: Final = re.compile(r"-c\d+$")
@@ -507,7 +509,8 @@ class StateClient:
                 "state.postgresql, state.redis, state.sqlite, state.mysql or state.mongodb; or, if only one process "
                 'at a time ever writes to a thread, ask for guarantee="at-least-once"'
             )
-        if not sound:
+        first = (self.address.target, self.store) not in _WARNED
+        if not sound and first:
             logger.warning(
                 "state store %r (%s) gives at-least-once only: %s. Two processes that write to one thread at the same "
                 "time may lose what one of them wrote",
@@ -515,7 +518,7 @@ class StateClient:
                 component.type,
                 why,
             )
-        elif known.create == "settle":
+        elif known.create == "settle" and first:
             logger.warning(
                 "state store %r (%s): %s. Two processes that create one thread within %s s of each other are kept "
                 "apart only while none of them is held up for longer than that",
@@ -524,6 +527,7 @@ class StateClient:
                 known.why,
                 quirks.SETTLE,
             )
+        _WARNED.add((self.address.target, self.store))
         self._capabilities = Capabilities(
             component_type=component.type,
             version=component.version,

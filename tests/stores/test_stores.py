@@ -15,6 +15,7 @@ from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.conformance import checkpointer_test, validate
 
 from outlast.checkpointer import DaprSaver
+from outlast.checkpointer import client as client_module
 from outlast.checkpointer.client import StateClient
 from outlast.errors import UnsupportedStoreError
 from tests.harness.daprd import STATE_STORE
@@ -154,7 +155,7 @@ def test_long_unicode_thread_ids_stay_apart(running: Running) -> None:
         assert value_of(fresh, {"configurable": {"thread_id": name}}) == f"of {name}"
 
 
-def test_refused_unless_opted_in(running: Running) -> None:
+def test_refused_unless_opted_in(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     """A store without a sound compare-and-swap is refused by an error that names it, its fault and the choices."""
     client = StateClient(STATE_STORE, running.address)
     if running.store.sound:
@@ -164,4 +165,8 @@ def test_refused_unless_opted_in(running: Running) -> None:
         DaprSaver(client=client).get_tuple({"configurable": {"thread_id": "any"}})
     assert running.component.kind in str(refused.value)
     assert "state.postgresql" in str(refused.value)
-    assert running.client().capabilities.guarantee == "at-least-once"
+    client_module._WARNED.clear()
+    for _ in range(2):
+        assert running.client().capabilities.guarantee == "at-least-once"
+    said = [record.message for record in caplog.records if "at-least-once" in record.message]
+    assert len(said) == 1, "it is said once"
