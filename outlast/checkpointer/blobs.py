@@ -68,8 +68,7 @@ class PackWriter:
 
     def finish(self, limit: int) -> list[tuple[str, bytes]]:
         """Return the records of this commit, none with a value longer than `limit` bytes."""
-        rows = (_renamed(self.checkpoints, self.name, ""), _renamed(self.writes, self.name, ""))
-        body = {"b": self.table, "c": rows[0], "w": rows[1]}
+        body = _renamed({"b": self.table, "c": self.checkpoints, "w": self.writes}, self.name, "")
         whole = [*self._large, (f"{self.key}-{self.name}", records.encode(records.PACK, body))]
         return [part for key, data in whole for part in records.split(key, data, limit)]
 
@@ -95,7 +94,7 @@ class PackReader:
         for name in missing:
             key = f"{self._key}-{name}"
             body = records.decode(key, records.PACK, found.get(key, b""))
-            self._packs[name] = {**body, "c": _renamed(body["c"], "", name), "w": _renamed(body["w"], "", name)}
+            self._packs[name] = records.build(key, lambda body=body, name=name: _renamed(body, "", name))
         return self._packs
 
     def fetch(self, locators: Sequence[Locator]) -> Steps[None]:
@@ -180,15 +179,25 @@ class PackReader:
         return ormsgpack.unpackb(data)
 
 
-def _renamed(value: Any, old: str, new: str) -> Any:
-    """Return rows with the pack name `old` replaced by `new` in every locator `[pack, index]`."""
-    if isinstance(value, dict):
-        return {key: _renamed(item, old, new) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        if len(value) == 2 and value[0] == old and type(value[1]) is int:
-            return [new, value[1]]
-        return [_renamed(item, old, new) for item in value]
-    return value
+def _renamed(body: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """Return the body of a pack with the pack name `old` replaced by `new` in the locators of its rows."""
+
+    def renamed(locator: Locator) -> Locator:
+        if isinstance(locator, dict):
+            length, base, tail = locator["l"]
+            return {"l": [length, base and renamed(base), [[renamed(segment), count] for segment, count in tail]]}
+        return [new, locator[1]] if locator[0] == old else locator
+
+    checkpoints = [
+        [ns, checkpoint_id, parent_id, renamed(checkpoint), renamed(metadata), _each(channels, renamed)]
+        for ns, checkpoint_id, parent_id, checkpoint, metadata, channels in body["c"]
+    ]
+    writes = [[*row[:6], renamed(row[6]), *row[7:]] for row in body["w"]]
+    return {"b": body["b"], "c": checkpoints, "w": writes}
+
+
+def _each(channels: dict[str, Locator], change: Callable[[Locator], Locator]) -> dict[str, Locator]:
+    return {name: change(locator) for name, locator in channels.items()}
 
 
 @dataclass

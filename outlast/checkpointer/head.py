@@ -16,6 +16,9 @@ from outlast.checkpointer import records
 from outlast.checkpointer.client import Steps, load
 
 _PAGE: Final = 32
+_FOLD: Final = 16
+"""Names of writes an entry holds at most; more are folded into a record, so that heads and pages stay small."""
+_FOLDED: Final = "-w"
 _RECENT: Final = 16
 
 
@@ -27,7 +30,8 @@ class Entry:
         ns: Checkpoint namespace.
         checkpoint_id: LangGraph's id of the checkpoint.
         pack: Name of the record that holds it; empty while only writes for it are known.
-        writes: Names of the records that hold pending writes for it, oldest first.
+        writes: Names of the records that hold pending writes for it, oldest first. The first may be that of a record of
+            such names; `Index` gives out entries with all of them.
     """
 
     ns: str
@@ -166,13 +170,21 @@ class Index:
         for name in missing:
             key = f"{self.key}-{name}"
             if lenient and key not in found:
-                self._pages[name] = {"x": [], "p": [], "c": ""}
+                self._pages[name] = {"x": [], "p": [], "c": "", "w": []}
             else:
                 self._pages[name] = records.decode(key, records.PAGE, found.get(key, b""))
 
     def sealed(self) -> list[str]:
         """Return the names of the sealed pages read so far."""
         return list(self._pages)
+
+    def _unfolded(self, entry: Entry, lenient: bool = False) -> Steps[Entry]:
+        """Return an entry with the names of all of its writes."""
+        names = entry.writes
+        while names and _FOLDED in names[0]:
+            yield from self._bodies([names[0]], lenient)
+            names = (*self._pages[names[0]]["w"], *names[1:])
+        return entry if names is entry.writes else replace(entry, writes=names)
 
     def _entries(self, ref: str) -> list[Entry]:
         return [Entry.of(body) for body in self._pages[ref]["x"]]
@@ -182,7 +194,7 @@ class Index:
         near = [head.root] if head.root else []
         for entry in (*near, *reversed(head.open)):
             if (entry.ns, entry.checkpoint_id) == (ns, checkpoint_id):
-                return entry
+                return (yield from self._unfolded(entry))
         pages, chain = head.pages, head.chain
         while True:
             hits = [ref.name for ref in reversed(pages) if ref.first <= checkpoint_id <= ref.last]
@@ -190,7 +202,7 @@ class Index:
             for name in hits:
                 for entry in reversed(self._entries(name)):
                     if (entry.ns, entry.checkpoint_id) == (ns, checkpoint_id):
-                        return entry
+                        return (yield from self._unfolded(entry))
             if not chain:
                 return None
             pages, chain = yield from self._older(chain)
@@ -203,7 +215,7 @@ class Index:
     def latest(self, head: Head, ns: str) -> Steps[Entry | None]:
         """Return the newest checkpoint of a namespace, or None."""
         if ns == "":
-            return head.root
+            return (yield from self._unfolded(head.root)) if head.root else None
         entries = yield from self.entries(head)
         mine = [entry for entry in entries if entry.ns == ns and entry.pack]
         return max(mine, key=lambda entry: entry.checkpoint_id, default=None)
@@ -228,8 +240,12 @@ class Index:
             for ref in reversed(pages):
                 found += reversed(self._entries(ref.name))
             if not chain:
-                return found
+                break
             pages, chain = yield from self._older(chain, lenient)
+        unfolded: list[Entry] = []
+        for entry in found:
+            unfolded.append((yield from self._unfolded(entry, lenient)))
+        return unfolded
 
     def extend(self, head: Head, changes: Iterable[Entry], name: str) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
         """Return `head` with `changes` entered, and the records of the pages that this sealed.
@@ -254,6 +270,12 @@ class Index:
             newest = max(newest, entry.checkpoint_id)
         pages, chain = list(head.pages), head.chain
         sealed: list[tuple[str, bytes]] = []
+        for place, entry in enumerate(entries):
+            if len(entry.writes) > _FOLD:
+                folded = f"{name}{_FOLDED}{place}"
+                sealed.append((f"{self.key}-{folded}", records.encode(records.PAGE, {"w": list(entry.writes)})))
+                entries[place] = replace(entry, writes=(folded,))
+                root = entries[place] if entry is root else root
         if len(entries) >= _PAGE:
             ids = [entry.checkpoint_id for entry in entries]
             pages.append(PageRef(f"{name}-p", min(ids), max(ids)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from outlast.checkpointer.client import Create, Delete, Get, Item, Pause, Steps,
 from outlast.checkpointer.head import Entry, Head, Index
 from outlast.checkpointer.registry import THREADS
 from outlast.errors import CorruptRecordError, FencedError, OutlastError, StoreError
+
+logger = logging.getLogger("outlast.store")
 
 _TRIES = 200
 
@@ -254,7 +257,13 @@ class ThreadLog:
                 whole = {name: chunk.data for name, chunk in found.items()}
                 if not item.data or (chunks and not all(whole.values())):
                     continue
-                body = records.decode(key, records.PACK, records.join(key, item.data, whole) if chunks else item.data)
+                try:
+                    data = records.join(key, item.data, whole) if chunks else item.data
+                    body = records.decode(key, records.PACK, data)
+                except CorruptRecordError as error:
+                    # A damaged thread can be deleted; the large values that only this record named stay behind.
+                    logger.warning("%s", error)
+                    continue
                 large = [f"{self.key}-{row[2]}" for row in body["b"] if row[1] is None]
                 pieces: dict[str, Item] = (yield Get(large)) if large else {}
                 for name, piece in pieces.items():

@@ -355,12 +355,13 @@ def _before_exit(stop: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="outlast-exit", daemon=True).start()
 
 
-_RUNTIMES: dict[str, Runtime] = {}
+_RUNTIMES: dict[tuple[str | None, ...], Runtime] = {}
 _RUNTIMES_LOCK = threading.Lock()
+_WHERE: Final = ("DAPR_GRPC_ENDPOINT", "DAPR_GRPC_PORT", "OUTLAST_EMBEDDED_PATH")
 
 
 def default_runtime(store: str = "statestore", guarantee: Guarantee | None = None) -> Runtime:
-    """Return the process's runtime for a state store.
+    """Return the process's runtime for a state store of the sidecar that the environment names now.
 
     Args:
         guarantee: See StateClient; the one it was made with, or `exactly-once`, if not given.
@@ -368,10 +369,12 @@ def default_runtime(store: str = "statestore", guarantee: Guarantee | None = Non
     Raises:
         ValueError: If the runtime was made with another guarantee.
     """
+    # Another sidecar named by the environment is another place: tests and notebooks change it within a process.
+    key = (store, *(os.environ.get(name) for name in _WHERE))
     with _RUNTIMES_LOCK:
-        runtime = _RUNTIMES.get(store)
+        runtime = _RUNTIMES.get(key)
         if runtime is None:
-            runtime = _RUNTIMES[store] = Runtime(store, guarantee=guarantee or "exactly-once")
+            runtime = _RUNTIMES[key] = Runtime(store, guarantee=guarantee or "exactly-once")
         elif guarantee not in (None, runtime.guarantee):
             raise ValueError(f"store {store!r} is in use with guarantee={runtime.guarantee!r}: use one for all agents")
         return runtime

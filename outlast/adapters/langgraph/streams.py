@@ -125,7 +125,7 @@ class _Follower:
         if self._epoch >= 0:
             stored = self._runtime.chunks(self._run_id, self._epoch, self._number)
             self._number += len(stored)
-            elsewhere = [self._serde.loads_typed(chunk) for chunk in stored]
+            elsewhere = [_as_given(self._serde.loads_typed(chunk)) for chunk in stored]
         over = head.ended or (head.status == "waiting" and not head.signals)
         return elsewhere, over and not elsewhere
 
@@ -138,6 +138,13 @@ class _Follower:
                 found.append(self._chunks.get_nowait())
         except queue.Empty:
             return found
+
+
+def _as_given(chunk: Any) -> Any:
+    """Return a chunk of several parts as the tuple that it was before it was stored."""
+    if not isinstance(chunk, list):
+        return chunk
+    return tuple(tuple(part) if isinstance(part, list) and place == 0 else part for place, part in enumerate(chunk))
 
 
 def follow(
