@@ -13,6 +13,7 @@ its locator:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class PackReader:
         for name in missing:
             key = f"{self._key}-{name}"
             body = records.decode(key, records.PACK, found.get(key, b""))
-            self._packs[name] = records.build(key, lambda body=body, name=name: _renamed(body, "", name))
+            self._packs[name] = records.build(key, functools.partial(_renamed, body, "", name))
         return self._packs
 
     def fetch(self, locators: Sequence[Locator]) -> Steps[None]:
