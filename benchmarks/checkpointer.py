@@ -1,10 +1,10 @@
 """What a checkpointer costs: DaprSaver on four stores next to LangGraph's in-memory, SQLite and PostgreSQL savers.
 
-A thread grows by one 1 KB message a turn. Every system runs in turn in one process run; printed are milliseconds per put
-around turn 10 and around the last turn (and the slope between them), of reading the latest state and of a list of 20,
+A thread grows by one 1 KB message a turn. Every system runs in turn in one process run; printed are ms per put around
+turn 10 and around the last turn (and the slope between them), of reading the latest state and of a list of 20,
 of the first read of the whole thread by a new saver, and stored bytes as a multiple of the raw messages.
 
-    make bench-checkpointer       or       python -m benchmarks.checkpointer --turns 1000 --plot docs/img/checkpointer.svg
+    make bench-checkpointer    or    python -m benchmarks.checkpointer --turns 1000 --plot docs/img/checkpointer.svg
 """
 
 from __future__ import annotations

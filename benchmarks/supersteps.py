@@ -13,6 +13,7 @@ import json
 import logging
 import operator
 import os
+import random
 import sqlite3
 import statistics
 import subprocess
@@ -27,7 +28,14 @@ from langchain_core.messages import AIMessage
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 
-MESSAGE = "x" * 500
+SIZE = 500
+"""Characters of a message; of random words, so that they do not compress better than text does."""
+
+
+def _message(number: int) -> str:
+    chance = random.Random(number)
+    words = ("".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(SIZE // 2))
+    return " ".join(words)[:SIZE]
 
 
 class State(TypedDict):
@@ -39,7 +47,7 @@ class State(TypedDict):
 
 def _graph(steps: int) -> Any:
     def node(state: State) -> dict[str, Any]:
-        return {"messages": [AIMessage(MESSAGE)], "count": 1}
+        return {"messages": [AIMessage(_message(state["count"]))], "count": 1}
 
     builder = StateGraph(State)
     builder.add_node("node", node)
@@ -104,8 +112,8 @@ def _activities(database: Path, steps: int, thread: str) -> dict[str, Any]:
     name = f"plain-{thread}-{steps}"
 
     def workflow(ctx: Any, count: int) -> Any:
-        for _ in range(count):
-            yield ctx.call_activity(f"{name}-step", input=MESSAGE)
+        for number in range(count):
+            yield ctx.call_activity(f"{name}-step", input=_message(number))
 
     def step(ctx: Any, message: str) -> str:
         return message
