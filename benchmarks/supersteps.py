@@ -9,6 +9,7 @@ rounds, and prints milliseconds and stored bytes per superstep. Ratios count; th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import operator
@@ -32,6 +33,7 @@ SIZE = 500
 """Characters of a message; of random words, so that they do not compress better than text does."""
 
 
+@functools.cache
 def _message(number: int) -> str:
     chance = random.Random(number)
     words = ("".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(SIZE // 2))
