@@ -53,9 +53,8 @@ class Attachment:
     failure: BaseException | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
-    def settle(self, failure: BaseException | None) -> None:
+    def settle(self) -> None:
         """Tell whoever waits that the run has ended or waits for an answer."""
-        self.failure = self.failure or failure
         self.settled.set()
         for listener in list(self.listeners):
             listener()

@@ -282,12 +282,18 @@ class Runtime:
             if not waiting:
                 self._attachments.pop(run_id, None)
 
-    def settled(self, head: RunHead, failure: BaseException | None = None) -> None:
+    def failing(self, run_id: str, error: BaseException) -> None:
+        """Give the callers in this process the exception that a run is about to fail with."""
+        with self._lock:
+            for attachment in self._attachments.get(run_id, ()):
+                attachment.failure = error
+
+    def settled(self, head: RunHead) -> None:
         """Tell the callers in this process that a run has ended or waits."""
         with self._lock:
             waiting = list(self._attachments.get(head.run_id, ()))
         for attachment in waiting:
-            attachment.settle(failure)
+            attachment.settle()
 
     # --- stream chunks
 

@@ -161,9 +161,10 @@ class Worker:
         """Fail a run whose records cannot be read: trying again would not help."""
         logger.error("run %s fails: %s", run_id, error)
         failed = describe(error)
+        self._runtime.failing(run_id, error)
         try:
             head = self._client.run(runs.change(run_id, lambda now: _failed(now, failed)))
-            self._runtime.settled(head, error)
+            self._runtime.settled(head)
             self._client.run(runs.release(head))
         except (CorruptRecordError, UnknownFormatError) as unreleased:
             logger.error("run %s: its thread could not be given on: %s", run_id, unreleased)
@@ -258,12 +259,15 @@ class Worker:
     def _finish(self, attempt: Attempt, outcome: Outcome) -> Next:
         limit = self._client.capabilities.quirks.max_value
         status: runs.Status = "accepted" if outcome.status == "yielded" else outcome.status
+        if outcome.exception:
+            # Before the status can be read: a caller in this process is to get the agent's own exception.
+            self._runtime.failing(attempt.run_id, outcome.exception)
         head = self._client.run(runs.settle(attempt.head, status, limit, result=outcome.result, error=outcome.error))
         if outcome.status == "failed":
             logger.warning("run %s failed: %s", head.run_id, ": ".join(outcome.error or ()))
         if outcome.status == "yielded" or (outcome.status == "waiting" and (head.signals or head.cancel)):
             return {"then": "again"}
-        self._runtime.settled(head, outcome.exception)
+        self._runtime.settled(head)
         return self._end(head) if head.ended else {"then": "wait"}
 
     def _end(self, head: RunHead) -> Next:
