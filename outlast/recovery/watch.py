@@ -117,6 +117,7 @@ class Watch:
         self._client = runtime.client
         self._worker = worker
         self._held = held
+        self._stopping = threading.Event()
         self._timeout = float(os.environ.get(HEARTBEAT_TIMEOUT, "10"))
         self._lock = threading.Lock()
         self._beats = 0
@@ -126,6 +127,7 @@ class Watch:
 
     def run(self, stopping: threading.Event) -> None:
         """Work until `stopping` is set."""
+        self._stopping = stopping
         self._guarded(self._announce)
         while not stopping.wait(self._timeout / 4):
             self._guarded(self._round)
@@ -133,10 +135,14 @@ class Watch:
     def _guarded(self, work: Any) -> None:
         try:
             work()
-        except OutlastError as error:
-            logger.warning("worker %s: %s", self._worker, error)
-        except Exception:
-            logger.exception("worker %s: unexpected error; it goes on", self._worker)
+        except Exception as error:
+            if self._stopping.is_set():
+                # The connection may be closed already; what is left is done by the next worker.
+                logger.debug("worker %s stops: %s", self._worker, error)
+            elif isinstance(error, OutlastError):
+                logger.warning("worker %s: %s", self._worker, error)
+            else:
+                logger.exception("worker %s: unexpected error; it goes on", self._worker)
 
     def _announce(self) -> None:
         """On start: wake the runs that waited for an agent this worker has, and schedule those nobody did."""
