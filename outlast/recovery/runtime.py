@@ -54,6 +54,8 @@ class Runtime:
         self._client: StateClient | None = None
         self._workflows: DaprWorkflowClient | None = None
         self._worker: Worker | None = None
+        self._exit_watched = False
+        self._closed = False
         self._attachments: dict[str, list[Attachment]] = {}
 
     @property
@@ -123,11 +125,14 @@ class Runtime:
         if os.environ.get(WORKER, "").lower() == "off":
             return None
         with self._lock:
-            if self._worker is None:
-                worker = Worker(self)
-                worker.start()
-                self._worker = worker
-                _before_exit(self.close)
+            if self._worker is None and not self._closed:
+                if not self._exit_watched:
+                    # First, so that a program that ends meanwhile is not kept alive by a worker nobody stops.
+                    self._exit_watched = _before_exit(self.close)
+                if self._exit_watched:
+                    worker = Worker(self)
+                    worker.start()
+                    self._worker = worker
             return self._worker
 
     def stop(self, grace: float = 5.0) -> None:
@@ -139,6 +144,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the worker and close the connections; the runtime cannot be used any more."""
+        with self._lock:
+            self._closed = True
         self.stop()
         with self._lock:
             if self._workflows:
@@ -344,21 +351,26 @@ def _already_there(error: grpc.RpcError) -> bool:
     return error.code() == grpc.StatusCode.ALREADY_EXISTS or "already" in (error.details() or "")
 
 
-def _before_exit(stop: Callable[[], None]) -> None:
+def _before_exit(stop: Callable[[], None]) -> bool:
     """Call `stop` when the program's own thread has ended, before the interpreter waits for the SDK's threads.
 
     `atexit` would be too late: those threads would keep the interpreter from getting there.
+    Returns False if the program is ending already.
     """
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
-        register(stop)
-        return
+        try:
+            register(stop)
+        except RuntimeError:
+            return False
+        return True
 
     def watch() -> None:
         threading.main_thread().join()
         stop()
 
     threading.Thread(target=watch, name="outlast-exit", daemon=True).start()
+    return True
 
 
 _RUNTIMES: dict[tuple[str | None, ...], Runtime] = {}
