@@ -37,14 +37,12 @@ class RunInput:
         thread_id: The thread the run works on.
         payload: The agent's adapter's own encoding of input, config and options.
         fingerprint: Digest of what makes two submissions the same.
-        submitter: Id of the worker process that submitted the run.
     """
 
     agent: str
     thread_id: str
     payload: Typed
     fingerprint: str
-    submitter: str = ""
 
 
 @dataclass(frozen=True)

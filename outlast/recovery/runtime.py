@@ -177,11 +177,9 @@ class Runtime:
             RunConflictError, ThreadBusyError: See `runs.accept`.
             SidecarUnavailableError: If no sidecar answers.
         """
-        worker = self.start_worker()
+        self.start_worker()
         if attach:
-            with self._lock:
-                self._attachments.setdefault(run_id, []).append(attach)
-        submitted = replace(submitted, submitter=worker.id if worker else "")
+            self.attach(run_id, attach)
         limit = self.client.capabilities.quirks.max_value
         head, mine = self.client.run(runs.accept(run_id, submitted, limit, queue))
         if not head.ended and head.status == "accepted":
