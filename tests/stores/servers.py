@@ -40,26 +40,31 @@ class Store:
         server: What answers in these tests, as `docs/stores.md` names it.
         start: Starts it.
         sound: Whether it must pass as exactly-once; else it must be refused, and pass as at-least-once.
+        daprd: Whether a daprd stands before it; else what was started is a sidecar itself.
     """
 
     server: str
     start: Server
     sound: bool = True
+    daprd: bool = True
 
 
 STORES: dict[str, Store] = {}
 
 
-def _store(name: str, server: str, sound: bool = True) -> Callable[[Callable[[Path], Iterator[Component]]], Server]:
+def _store(
+    name: str, server: str, sound: bool = True, daprd: bool = True
+) -> Callable[[Callable[[Path], Iterator[Component]]], Server]:
     def enter(start: Callable[[Path], Iterator[Component]]) -> Server:
         managed = contextlib.contextmanager(start)
-        STORES[name] = Store(server, managed, sound)
+        STORES[name] = Store(server, managed, sound, daprd)
         return managed
 
     return enter
 
 
-def _program(name: str, package: str) -> str:
+def program(name: str, package: str) -> str:
+    """The path of an installed program."""
     # Where Debian puts what no ordinary user starts.
     hidden = ["/usr/sbin", "/usr/local/sbin", "/sbin", *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
     found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(hidden))
@@ -95,6 +100,11 @@ def _checked(command: Sequence[str | Path], home: Path) -> None:
 # --- the stores that can compare-and-swap
 
 
+@_store("embedded", "the embedded sidecar, each process with its own on one file", daprd=False)
+def _embedded(home: Path) -> Iterator[Component]:
+    yield Component("state.sqlite", {"connectionString": str(home / "outlast.db")})
+
+
 @_store("in-memory", "inside daprd")
 def _in_memory(home: Path) -> Iterator[Component]:
     yield Component("state.in-memory")
@@ -107,7 +117,7 @@ def _sqlite(home: Path) -> Iterator[Component]:
 
 @contextlib.contextmanager
 def _postgres(home: Path) -> Iterator[str]:
-    initdb, postgres = _program("initdb", "postgresql"), _program("postgres", "postgresql")
+    initdb, postgres = program("initdb", "postgresql"), program("postgres", "postgresql")
     (port,) = free_ports(1)
     home.mkdir(parents=True, exist_ok=True)
     as_user: list[str] = []
@@ -123,7 +133,7 @@ def _postgres(home: Path) -> Iterator[str]:
     _checked([*as_user, initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"], home)
     command = [*as_user, postgres, "-D", data, "-p", str(port), "-h", _LOOPBACK, "-k", home]
     with _running(command, home, _LOOPBACK, port):
-        yield f"host={_LOOPBACK} port={port} user=postgres password=x database=postgres sslmode=disable"
+        yield f"host={_LOOPBACK} port={port} user=postgres password=x dbname=postgres sslmode=disable"
 
 
 def _on_postgres(kind: str, version: str) -> Callable[[Path], Iterator[Component]]:
@@ -141,19 +151,19 @@ _store("postgresql-v2", "PostgreSQL 15")(_on_postgres("state.postgresql", "v2"))
 @_store("redis", "Redis 7.0")
 def _redis(home: Path) -> Iterator[Component]:
     (port,) = free_ports(1)
-    server = _program("redis-server", "redis-server")
+    server = program("redis-server", "redis-server")
     with _running([server, "--port", str(port), "--bind", _LOOPBACK, "--save", ""], home / "redis", _LOOPBACK, port):
         yield Component("state.redis", {"redisHost": f"{_LOOPBACK}:{port}", "redisPassword": ""})
 
 
 @_store("mysql", "MariaDB 10.11")
 def _mysql(home: Path) -> Iterator[Component]:
-    server = _program("mariadbd", "mariadb-server")
+    server = program("mariadbd", "mariadb-server")
     home = home / "mariadb"
     home.mkdir(parents=True)
     (port,) = free_ports(1)
     user = [f"--user={'root' if os.geteuid() == 0 else os.environ.get('USER', '')}"]
-    _checked([_program("mariadb-install-db", "mariadb-server"), *user, f"--datadir={home}/data"], home)
+    _checked([program("mariadb-install-db", "mariadb-server"), *user, f"--datadir={home}/data"], home)
     (home / "init.sql").write_text(
         "CREATE USER 'dapr'@'127.0.0.1' IDENTIFIED BY 'dapr';\nGRANT ALL ON *.* TO 'dapr'@'127.0.0.1';\n"
     )
@@ -178,7 +188,7 @@ def _namespace() -> Iterator[tuple[str, list[str]]]:
 
     Nothing but this host reaches it, over a pair of virtual interfaces.
     """
-    tool = _program("ip", "iproute2")
+    tool = program("ip", "iproute2")
     if os.geteuid() != 0:
         raise CannotStart("it binds every interface, so it needs a network namespace, and those need root")
     token = secrets.token_hex(2)
@@ -205,7 +215,7 @@ def _downloads() -> Path:
 
 def _java(*artifacts: str) -> tuple[str, str]:
     """Return java and the class path of these Maven artifacts (`group:name:version`) with all they need."""
-    java, maven = _program("java", "default-jre-headless"), _program("mvn", "maven")
+    java, maven = program("java", "default-jre-headless"), program("mvn", "maven")
     home = _downloads() / artifacts[0].replace(":", "-")
     done = home / "classpath"
     if not done.exists():
@@ -231,7 +241,7 @@ def _node(package: str, program: str) -> list[str | Path]:
     home = _downloads() / "npm" / package.replace("/", "-")
     found = home / "node_modules" / ".bin" / program
     if not found.exists():
-        npm = _program("npm", "npm")
+        npm = program("npm", "npm")
         home.mkdir(parents=True, exist_ok=True)
         (home / "package.json").write_text('{"private": true}')
         _checked([npm, "install", "--no-audit", "--no-fund", "--loglevel=error", package], home)
@@ -357,7 +367,7 @@ def _couchbase(home: Path) -> Iterator[Component]:
 def _etcd(home: Path) -> Iterator[Component]:
     client, peer = (f"http://{_LOOPBACK}:{port}" for port in free_ports(2))
     command = [
-        _program("etcd", "etcd-server"),
+        program("etcd", "etcd-server"),
         f"--data-dir={home}/etcd",
         f"--listen-client-urls={client}",
         f"--advertise-client-urls={client}",
@@ -373,7 +383,7 @@ def _etcd(home: Path) -> Iterator[Component]:
 @_store("memcached", "memcached 1.6", sound=False)
 def _memcached(home: Path) -> Iterator[Component]:
     (port,) = free_ports(1)
-    command = [_program("memcached", "memcached"), "-l", _LOOPBACK, "-p", str(port), "-U", "0", "-m", "512"]
+    command = [program("memcached", "memcached"), "-l", _LOOPBACK, "-p", str(port), "-U", "0", "-m", "512"]
     if os.geteuid() == 0:
         command += ["-u", "root"]
     with _running(command, home / "memcached", _LOOPBACK, port):
@@ -383,7 +393,7 @@ def _memcached(home: Path) -> Iterator[Component]:
 @_store("jetstream", "nats-server 2.9", sound=False)
 def _jetstream(home: Path) -> Iterator[Component]:
     (port,) = free_ports(1)
-    command = [_program("nats-server", "nats-server"), "-a", _LOOPBACK, "-p", str(port), "-js", "-sd", home / "js"]
+    command = [program("nats-server", "nats-server"), "-a", _LOOPBACK, "-p", str(port), "-js", "-sd", home / "js"]
     with _running(command, home / "nats", _LOOPBACK, port):
         _make_bucket(port, "outlast")
         yield Component("state.jetstream", {"natsURL": f"nats://{_LOOPBACK}:{port}", "bucket": "outlast"})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from outlast.embedded import EmbeddedSidecar
 from tests.harness.daprd import STATE_STORE, Daprd, http_ok
 from tests.harness.procs import free_ports
 from tools.get_dapr import find
@@ -43,6 +44,20 @@ class StateSidecar(Daprd):
         return http_ok(f"{self.http_url}/v1.0/healthz/outbound") and STATE_STORE in str(
             self.metadata().get("components")
         )
+
+
+class Embedded:
+    """The embedded sidecar in this process, on the file that the component names; children start their own on it."""
+
+    def __init__(self, component: Component) -> None:
+        path = component.metadata["connectionString"]
+        self.env = {"OUTLAST_EMBEDDED_PATH": path}
+        self._sidecar = EmbeddedSidecar(path)
+        self._sidecar.start()
+        self.grpc_port = self._sidecar.grpc_port
+
+    def kill(self) -> None:
+        self._sidecar.stop()
 
 
 def start(home: Path, component: Component) -> StateSidecar:
