@@ -236,16 +236,16 @@ def _java(*artifacts: str) -> tuple[str, str]:
     return java, done.read_text()
 
 
-def _node(package: str, program: str) -> list[str | Path]:
-    """Return the command of a program of an npm package."""
+def _node(package: str) -> Path:
+    """Return the folder of an npm package."""
     home = _downloads() / "npm" / package.replace("/", "-")
-    found = home / "node_modules" / ".bin" / program
+    found = home / "node_modules" / package
     if not found.exists():
         npm = program("npm", "npm")
         home.mkdir(parents=True, exist_ok=True)
         (home / "package.json").write_text('{"private": true}')
         _checked([npm, "install", "--no-audit", "--no-fund", "--loglevel=error", package], home)
-    return [found]
+    return found
 
 
 @_store("dynamodb", "DynamoDB Local 2.6.1")
@@ -285,8 +285,7 @@ def _make_table(url: str, table: str) -> None:
         "X-Amz-Target": "DynamoDB_20120810.CreateTable",
         "Authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
     }
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request, timeout=30).close()
+    _post(url, body, headers)
 
 
 _AZURITE_ACCOUNT = "devstoreaccount1"
@@ -297,7 +296,8 @@ _AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K
 @contextlib.contextmanager
 def _azurite(home: Path, service: str) -> Iterator[str]:
     (port,) = free_ports(1)
-    command = [*_node("azurite", f"azurite-{service}"), f"--{service}Host", _LOOPBACK, f"--{service}Port", str(port)]
+    server = _node("azurite").parent / ".bin" / f"azurite-{service}"
+    command = [server, f"--{service}Host", _LOOPBACK, f"--{service}Port", str(port)]
     command += ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
     with _running(command, home, _LOOPBACK, port):
         yield f"http://{_LOOPBACK}:{port}/{_AZURITE_ACCOUNT}"
@@ -315,6 +315,46 @@ def _table(home: Path) -> Iterator[Component]:
     with _azurite(home / "azurite", "table") as url:
         settings = {"accountName": _AZURITE_ACCOUNT, "accountKey": _AZURITE_KEY, "tableName": "outlast"}
         yield Component("state.azure.tablestorage", {**settings, "serviceURL": url})
+
+
+# The emulator answers a read of what is not there with a crash, 500, where Cosmos DB says 404.
+_COSMOS = """
+const lib = process.argv[2] + "/lib";
+const reading = require(lib + "/handler/read-document");
+const { default: header, parsePartitionKey } = require(lib + "/utils/get-partition-from-header");
+const read = reading.default;
+reading.default = (account, req, res, params) => {
+  const collection = account.database(params.dbId).collection(params.collId);
+  if (collection.document(params.docId, parsePartitionKey(header(req), params.docId)).read()) {
+    return read(account, req, res, params);
+  }
+  res.statusCode = 404;
+  return { code: "NotFound", message: "there is no such document" };
+};
+require(lib).createHttpServer({ keepAlive: true }).listen(Number(process.argv[3]), process.argv[4]);
+"""
+
+
+@_store("azure-cosmosdb", "@vercel/cosmosdb-server, mended: absent documents are 404")
+def _cosmosdb(home: Path) -> Iterator[Component]:
+    package = _node("@vercel/cosmosdb-server")
+    (port,) = free_ports(1)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "server.js").write_text(_COSMOS)
+    command = [program("node", "nodejs"), home / "server.js", package, str(port), _LOOPBACK]
+    url = f"http://{_LOOPBACK}:{port}"
+    with _running(command, home / "cosmosdb", _LOOPBACK, port):
+        _post(f"{url}/dbs", {"id": "dapr"})
+        _post(f"{url}/dbs/dapr/colls", {"id": "outlast", "partitionKey": {"paths": ["/partitionKey"]}})
+        settings = {"url": url, "masterKey": _AZURITE_KEY, "database": "dapr", "collection": "outlast"}
+        yield Component("state.azure.cosmosdb", settings)
+
+
+def _post(url: str, body: Mapping[str, object], headers: Mapping[str, str] | None = None) -> None:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
+    urllib.request.urlopen(request, timeout=30).close()
 
 
 @_store("zookeeper", "ZooKeeper 3.4.6")
@@ -512,7 +552,6 @@ def _not_here(name: str, server: str, reason: str, sound: bool = True) -> None:
 
 
 _not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
-_not_here("azure-cosmosdb", "@vercel/cosmosdb-server", "the emulator works only after it is patched")
 _not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
 _not_here("consul", "Consul", "no fixture yet: has to be built with Go", sound=False)
 _not_here("cloudflare-workerskv", "miniflare", "no fixture yet", sound=False)
