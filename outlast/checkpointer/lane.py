@@ -41,26 +41,24 @@ class Lane:
 
     Args:
         client: The store.
-        thread_id: The thread.
-        fence: See ThreadLog.
-        submit: Runs a function on a thread of its own.
+        log: The thread.
+        submit: Runs a function on a thread of its own; the lanes' pool, if not given.
         after_commit: Called after each commit with the changes of the index, before the waiters are told.
     """
 
     def __init__(
         self,
         client: StateClient,
-        thread_id: str,
-        fence: Fence | None,
-        submit: Callable[[Callable[[], None]], Any],
+        log: ThreadLog,
+        submit: Callable[[Callable[[], None]], Any] | None = None,
         after_commit: Callable[[list[Entry]], None] | None = None,
     ) -> None:
-        self.log = ThreadLog(thread_id, fence)
+        self.log = log
         self.channels: OrderedDict[tuple[str, str], dict[str, tuple[Any, Any]]] = OrderedDict()
         self.lists: OrderedDict[tuple[str, str], ListState] = OrderedDict()
         self._generation = 0
         self._client = client
-        self._submit = submit
+        self._submit = submit or _pool().submit
         self._after_commit = after_commit
         self._arrived = threading.Condition()
         self._queue: list[tuple[Request, Future[None]]] = []
@@ -203,7 +201,7 @@ class Lanes:
         with self._lock:
             lane = self._lanes.get(thread_id)
             if lane is None:
-                lane = Lane(self.client, thread_id, self._fence, _pool().submit, self._after_commit)
+                lane = Lane(self.client, ThreadLog(thread_id, self._fence), after_commit=self._after_commit)
                 self._lanes[thread_id] = lane
                 idle = [name for name, old in self._lanes.items() if old.idle and name != thread_id]
                 for name in idle[: max(0, len(self._lanes) - self._keep)]:

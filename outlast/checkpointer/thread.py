@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from outlast.checkpointer import keys, records
+from outlast.checkpointer import life as lives
 from outlast.checkpointer.client import Create, Delete, Get, Item, Pause, Steps, Swap
 from outlast.checkpointer.head import Entry, Head, Index
 from outlast.checkpointer.registry import THREADS
@@ -36,21 +37,30 @@ class ThreadLog:
     Args:
         thread_id: The thread.
         fence: If given, every commit fails with FencedError once another attempt has taken the thread over.
+        key: Key of the head, if it is not that of a thread.
     """
 
-    def __init__(self, thread_id: str, fence: Fence | None = None) -> None:
+    def __init__(self, thread_id: str, fence: Fence | None = None, key: str = "") -> None:
         self.thread_id = thread_id
-        self.key = keys.thread_key(thread_id)
+        self.key = key or keys.thread_key(thread_id)
         self.index = Index(self.key)
         self.names = keys.RecordNames()
         self._fence = fence
+        self._wish = wish
         self._head: Head | None = None
         self._etag = ""
 
     def read(self) -> Steps[Head | None]:
-        """Return the head as it is in the store now, or None if the thread has none or was deleted."""
+        """Return the head as it is in the store now, or None if the thread has none, was deleted or has expired."""
         head = yield from self._load()
-        return None if head is None or head.deleted else head
+        return None if head is None or head.deleted or head.expired else head
+
+    def touch(self) -> Steps[None]:
+        """Begin the life of the thread anew, as it was read last; whoever was faster has used it, too."""
+        head = self._head
+        if head and head.life and head.life.stale and not (head.active or head.queue or head.deleted or head.expired):
+            yield Swap(self.key, replace(head, life=head.life.renewed()).encode(), self._etag)
+            self.forget()
 
     def reread(self, seen: Head, error: CorruptRecordError) -> Steps[Head | None]:
         """Return the head again after a record that `seen` names could not be read.
@@ -82,24 +92,28 @@ class ThreadLog:
         self._head, self._etag = None, ""
 
     def _ready(self) -> Steps[Head]:
-        """Return a head that can be swapped; creates it, and completes a deletion that was cut short."""
+        """Return a head that can be swapped; creates it, removes what has expired, completes what was cut short."""
         if not self._etag:
             yield from self._load()
         if self._head is None:
-            if self._fence:
-                raise FencedError(f"thread {self.thread_id!r} is gone; this attempt (epoch {self._fence.epoch}) stops")
-            yield from THREADS.add(self.thread_id)
-            yield Create(self.key, Head(self.thread_id).encode())
+            yield Create(self.key, (yield from self._first()).encode())
             if (yield from self._load()) is None:
                 raise StoreError(f"the head of thread {self.thread_id!r} could not be created; is the store read-only?")
         head = self._head
         assert head is not None
-        if head.deleted and not self._fence:
-            if not head.empty:
-                yield from self.delete()
-                return (yield from self._ready())
-            head = replace(head, deleted=False)
-        return head
+        if self._fence:
+            return head
+        if head.expired or (head.deleted and not head.empty):
+            yield from self.delete(expired=head.expired)
+            return (yield from self._ready())
+        return replace(head, deleted=False)
+
+    def _first(self) -> Steps[Head]:
+        """Return the head to begin with; what must be known of a thread before it exists is written here."""
+        if self._fence:
+            raise FencedError(f"thread {self.thread_id!r} is gone; this attempt (epoch {self._fence.epoch}) stops")
+        yield from THREADS.add(self.thread_id)
+        return Head(self.thread_id)
 
     def _check(self, head: Head) -> None:
         fence = self._fence
@@ -114,11 +128,17 @@ class ThreadLog:
         return (yield from self._ready()).generation
 
     def commit(
-        self, entries: Sequence[Entry], pack: Sequence[tuple[str, bytes]], name: str, generation: int | None = None
+        self,
+        entries: Sequence[Entry],
+        pack: Sequence[tuple[str, bytes]],
+        name: str,
+        generation: int | None = None,
+        wish: lives.Wish | None = None,
     ) -> Steps[None]:
         """Make the records of `pack` visible through `entries`.
 
         Args:
+            wish: What the time to live of the thread becomes, if not what this log always wishes.
             generation: What `generation` returned before `pack` was prepared, if that refers to older records.
 
         Raises:
@@ -131,7 +151,7 @@ class ThreadLog:
                 raise RewrittenError(f"thread {self.thread_id!r} was rewritten")
             return (yield from self.index.extend(head, entries, self.names.next()))
 
-        yield from self._swap(enter, pack, name)
+        yield from self._swap(enter, pack, name, wish)
 
     def change(self, change: Callable[[Head], Head | None]) -> Steps[Head]:
         """Swap the head for `change(head)`, which must be idempotent; None leaves it. Returns the head it then has."""
@@ -149,6 +169,7 @@ class ThreadLog:
         | Callable[[Head], Steps[tuple[Head, list[tuple[str, bytes]]]]],
         pack: Sequence[tuple[str, bytes]],
         name: str,
+        wish: lives.Wish | None = None,
     ) -> Steps[Head]:
         for attempt in range(_TRIES):
             head = yield from self._ready()
@@ -159,7 +180,8 @@ class ThreadLog:
             if entered is None:
                 return head
             changed, pages = entered
-            changed = changed.committed(name)
+            life = (wish or self._wish)(changed.life)
+            changed = replace(changed, life=life and life.renewed()).committed(name)
             if (yield Swap(self.key, changed.encode(), self._etag, [*pack, *pages])):
                 self._head, self._etag = changed, ""
                 return changed
@@ -207,33 +229,38 @@ class ThreadLog:
         yield from self.change(lambda now: replace(now, garbage="") if now.garbage == head.garbage else None)
         yield Delete([key])
 
-    def delete(self) -> Steps[None]:
+    def delete(self, expired: bool = False) -> Steps[bool]:
         """Remove the thread: marks the head, deletes what the index lists, then empties the head.
 
         A head stays as a tombstone, because some stores hand out the same ETags again after a delete. Cut short at any
         point, calling again completes it.
+
+        Args:
+            expired: Leave the thread alone if, when it comes to that, its time is not over.
+
+        Returns:
+            Whether there was something to remove.
         """
         head = yield from self._load()
-        if head is None:
-            return
-        mine = head if head.deleted else None
         for _ in range(_TRIES):
-            if mine is not None:
+            if head is None or (head.deleted and head.empty) or (expired and not (head.deleted or head.expired)):
+                return False
+            if head.deleted:
                 break
-            marked = replace(head, deleted=True, epoch=head.epoch + 1, active="", queue=()).committed(self.names.next())
+            marked = replace(head, deleted=True, epoch=head.epoch + 1, active="", queue=(), life=None)
+            # A commit on its way may share what is deleted now: it is prepared anew in the next generation.
+            marked = replace(marked, generation=head.generation + 1).committed(self.names.next())
             yield Swap(self.key, marked.encode(), self._etag)
             head = yield from self._load()
-            if head is None:
-                return
-            mine = head if head.deleted else None
-        if mine is None:
+        else:
             raise StoreError(f"thread {self.thread_id!r} could not be marked as deleted")
-        doomed = yield from self._records(mine)
+        doomed = yield from self._records(head)
         yield Delete(doomed)
-        emptied = Head(self.thread_id, epoch=mine.epoch, deleted=True).committed(self.names.next())
-        yield Swap(self.key, emptied.encode(), self._etag)
+        emptied = Head(self.thread_id, epoch=head.epoch, generation=head.generation, deleted=True)
+        yield Swap(self.key, emptied.committed(self.names.next()).encode(), self._etag)
         self.forget()
         self.index = Index(self.key)
+        return True
 
     def _records(self, head: Head) -> Steps[list[str]]:
         """Return the keys of all records that `head` reaches, those already gone among them."""

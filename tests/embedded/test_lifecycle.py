@@ -229,7 +229,9 @@ wait = lambda: worker.stub.WaitForInstanceCompletion(pb.GetInstanceRequest(insta
 threading.Thread(target=lambda: [wait()], daemon=True).start() if "waiter" in sys.argv else None
 print("ready", flush=True)
 if "sleep" in sys.argv:
-    time.sleep(60)
+    # In pieces: a signal that comes between two instructions does not end a sleep that begins after it.
+    for _ in range(600):
+        time.sleep(0.1)
 """
 
 
