@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests.harness.procs import Child, clean_env, free_ports, wait_for
 from tests.stores.sidecar import Component
+from tools.get_dapr import MODULE, DaprNotFound, find_go
 
 _LOOPBACK = "127.0.0.1"
 
@@ -91,10 +92,12 @@ def _running(
         yield child
 
 
-def _checked(command: Sequence[str | Path], home: Path) -> None:
+def _checked(command: Sequence[str | Path], home: Path) -> str:
+    """Run a command and return what it prints."""
     done = subprocess.run([str(part) for part in command], cwd=home, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotStart(f"{command[0]} failed: {(done.stderr or done.stdout)[-500:]}")
+    return done.stdout
 
 
 # --- the stores that can compare-and-swap
@@ -234,6 +237,13 @@ def _java(*artifacts: str) -> tuple[str, str]:
         _checked([maven, "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=jars"], home)
         done.write_text(f"{home}/jars/*")
     return java, done.read_text()
+
+
+def _go() -> str:
+    try:
+        return find_go()
+    except DaprNotFound as error:
+        raise CannotStart(str(error)) from None
 
 
 def _node(package: str) -> Path:
@@ -540,6 +550,36 @@ def _coherence(home: Path) -> Iterator[Component]:
             yield Component("state.coherence", {"serverAddress": f"{host}:1408", "requestTimeout": "30s"})
 
 
+_MINIFLARE = """
+const [, , library, port, host] = process.argv;
+const { Miniflare } = require(library);
+const pem = (type) => ({ type, format: "pem" });
+const pair = require("node:crypto").generateKeyPairSync("ed25519", {
+  publicKeyEncoding: pem("spki"), privateKeyEncoding: pem("pkcs8"),
+});
+require("node:fs").writeFileSync("key.pem", pair.privateKey);
+new Miniflare({
+  host, port: Number(port), modules: true, scriptPath: "worker.js", compatibilityDate: "2022-12-09",
+  kvNamespaces: ["outlast"], bindings: { PUBLIC_KEY: pair.publicKey, TOKEN_AUDIENCE: "outlast" },
+});
+"""
+
+
+@_store("cloudflare-workerskv", "miniflare 4, with the worker that Dapr deploys", sound=False)
+def _workerskv(home: Path) -> Iterator[Component]:
+    library = _node("miniflare")
+    source = json.loads(_checked([_go(), "mod", "download", "-json", "github.com/dapr/components-contrib"], MODULE))
+    (port,) = free_ports(1)
+    home = home / "miniflare"
+    home.mkdir(parents=True)
+    shutil.copy(Path(source["Dir"]) / "common/component/cloudflare/workers/code/worker.js", home)
+    (home / "server.js").write_text(_MINIFLARE)
+    command = [program("node", "nodejs"), home / "server.js", library, str(port), _LOOPBACK]
+    with _running(command, home, _LOOPBACK, port):
+        settings = {"workerUrl": f"http://{_LOOPBACK}:{port}", "workerName": "outlast", "kvNamespaceID": "outlast"}
+        yield Component("state.cloudflare.workerskv", {**settings, "key": (home / "key.pem").read_text()})
+
+
 # --- the stores that nothing here can start
 
 
@@ -554,4 +594,3 @@ def _not_here(name: str, server: str, reason: str, sound: bool = True) -> None:
 _not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
 _not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
 _not_here("consul", "Consul", "no fixture yet: has to be built with Go", sound=False)
-_not_here("cloudflare-workerskv", "miniflare", "no fixture yet", sound=False)
