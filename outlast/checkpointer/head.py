@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from outlast.checkpointer import life as lives
 from outlast.checkpointer import records
 from outlast.checkpointer.client import Steps, load
+from outlast.checkpointer.life import Life
 
 _PAGE: Final = 32
 _FOLD: Final = 16
@@ -77,6 +79,7 @@ class Head:
         newest: The highest checkpoint id entered so far, in any namespace.
         generation: How often the thread was rewritten; what was prepared before a rewrite must not be committed after.
         garbage: Name of a record with an earlier head, whose records are to be deleted where this head does not reach.
+        life: How long the thread lives; None for ever.
     """
 
     thread_id: str
@@ -93,6 +96,7 @@ class Head:
     generation: int = 0
     garbage: str = ""
     deleted: bool = False
+    life: Life | None = None
 
     def encode(self) -> bytes:
         """Return the record of this head."""
@@ -113,6 +117,7 @@ class Head:
                 "v": self.generation,
                 "g": self.garbage,
                 "d": self.deleted,
+                "l": self.life.body() if self.life else None,
             },
         )
 
@@ -139,12 +144,20 @@ class Head:
             generation=body["v"],
             garbage=body["g"],
             deleted=body["d"],
+            life=Life(*body["l"]) if body.get("l") else None,
         )
 
     @property
     def empty(self) -> bool:
         """Whether the index reaches nothing."""
         return not (self.root or self.open or self.pages or self.chain or self.garbage)
+
+    @property
+    def expired(self) -> bool:
+        """Whether the thread's time is over. A thread that a run holds, or waits for, does not expire."""
+        until = self.life.until if self.life else None
+        held = self.active or self.queue
+        return until is not None and not held and not self.deleted and lives.now() >= until
 
     def committed(self, commit_id: str) -> Head:
         """Return this head marked as the outcome of `commit_id`."""

@@ -12,11 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from outlast.checkpointer.blobs import ListState, PackWriter
 from outlast.checkpointer.client import StateClient, Steps
 from outlast.checkpointer.head import Entry
+from outlast.checkpointer.life import Wish, keep
 from outlast.checkpointer.thread import Fence, RewrittenError, ThreadLog
 from outlast.errors import FencedError
 
@@ -34,6 +35,12 @@ class Request(Protocol):
 
     def prepare(self, lane: Lane, pack: PackWriter) -> Steps[Entry]:
         """Enter what is to be stored in `pack` and return the change of the index."""
+
+
+class _Asked(NamedTuple):
+    request: Request
+    future: Future[None]
+    wish: Wish | None
 
 
 class Lane:
@@ -56,23 +63,28 @@ class Lane:
         self.log = log
         self.channels: OrderedDict[tuple[str, str], dict[str, tuple[Any, Any]]] = OrderedDict()
         self.lists: OrderedDict[tuple[str, str], ListState] = OrderedDict()
-        self._generation = 0
+        self._remembering = threading.Lock()
+        self._generation = self._preparing = 0
         self._client = client
         self._submit = submit or _pool().submit
         self._after_commit = after_commit
         self._arrived = threading.Condition()
-        self._queue: list[tuple[Request, Future[None]]] = []
+        self._queue: list[_Asked] = []
         self._running = False
         self._fenced: FencedError | None = None
 
-    def enqueue(self, request: Request) -> Future[None]:
-        """Ask for a commit; the future ends when it is durable."""
+    def enqueue(self, request: Request, wish: Wish | None = None) -> Future[None]:
+        """Ask for a commit; the future ends when it is durable.
+
+        Args:
+            wish: What the time to live of the thread becomes, if not what its log always wishes.
+        """
         future: Future[None] = Future()
         with self._arrived:
             if self._fenced:
                 future.set_exception(FencedError(str(self._fenced)))
                 return future
-            self._queue.append((request, future))
+            self._queue.append(_Asked(request, future, wish))
             self._arrived.notify()
             if not self._running:
                 self._running = True
@@ -90,26 +102,25 @@ class Lane:
                 if not self._queue:
                     self._running = False
                     return
-                if not any(request.completes for request, _ in self._queue):
-                    self._arrived.wait_for(lambda: any(request.completes for request, _ in self._queue), LINGER)
+                if not any(asked.request.completes for asked in self._queue):
+                    self._arrived.wait_for(lambda: any(asked.request.completes for asked in self._queue), LINGER)
                 batch, self._queue = self._queue, []
             self._commit(batch)
 
-    def _commit(self, batch: list[tuple[Request, Future[None]]]) -> None:
-        futures = [future for _, future in batch]
+    def _commit(self, batch: list[_Asked]) -> None:
+        futures = [asked.future for asked in batch]
         try:
             entries = self._client.run(self._steps(batch))
             if self._after_commit:
                 self._after_commit(entries)
         except BaseException as error:
             # What was prepared is in no head, so nothing may refer to it.
-            self.channels.clear()
-            self.lists.clear()
+            self._forget_values()
             self.log.forget()
             with self._arrived:
                 if isinstance(error, FencedError):
                     self._fenced = error
-                    futures += [future for _, future in self._queue]
+                    futures += [asked.future for asked in self._queue]
                     self._queue = []
             for future in futures:
                 if not future.done():
@@ -124,52 +135,69 @@ class Lane:
         except Exception:
             self.log.forget()
 
-    def _steps(self, batch: list[tuple[Request, Future[None]]]) -> Steps[list[Entry]]:
+    def _steps(self, batch: list[_Asked]) -> Steps[list[Entry]]:
         limit = self._client.capabilities.quirks.max_value
         while True:
             generation = yield from self.log.generation()
-            if generation != self._generation:
-                # The thread was pruned: what is remembered may be gone.
-                self.channels.clear()
-                self.lists.clear()
-                self._generation = generation
+            self._preparing = generation
+            with self._remembering:
+                self._of(generation)
             pack = PackWriter(self.log.key, self.log.names.next())
             entries: list[Entry] = []
-            prepared: list[tuple[Request, Future[None]]] = []
-            for request, future in batch:
+            prepared: list[_Asked] = []
+            for asked in batch:
                 try:
-                    entries.append((yield from request.prepare(self, pack)))
+                    entries.append((yield from asked.request.prepare(self, pack)))
                 except Exception as error:
-                    future.set_exception(error)
+                    asked.future.set_exception(error)
                 else:
-                    prepared.append((request, future))
+                    prepared.append(asked)
             batch = prepared
             try:
                 if entries:
-                    yield from self.log.commit(entries, pack.finish(limit), pack.name, generation)
+                    wish = next((asked.wish for asked in reversed(batch) if asked.wish), None)
+                    yield from self.log.commit(entries, pack.finish(limit), pack.name, generation, wish)
                 return entries
             except RewrittenError:
-                continue
+                # What was just prepared is remembered, and is nowhere.
+                self._forget_values()
 
-    def remember(self, ns: str, checkpoint_id: str, channels: dict[str, tuple[Any, Any]]) -> None:
-        """Keep where the values of a checkpoint are: channel → (version, locator)."""
-        _keep(self.channels, (ns, checkpoint_id), channels)
+    def remember(
+        self, ns: str, checkpoint_id: str, channels: dict[str, tuple[Any, Any]], generation: int | None = None
+    ) -> None:
+        """Keep where the values of a checkpoint are: channel → (version, locator).
 
-    def remember_list(self, ns: str, channel: str, state: ListState) -> None:
+        Args:
+            generation: Of the thread they were read from; not given for what this lane is about to commit.
+        """
+        self._keep(self.channels, (ns, checkpoint_id), channels, generation)
+
+    def remember_list(self, ns: str, channel: str, state: ListState, generation: int | None = None) -> None:
         """Keep how a list was stored last, so that the next version shares its segments."""
-        _keep(self.lists, (ns, channel), state)
+        self._keep(self.lists, (ns, channel), state, generation)
 
+    def _keep(
+        self, cache: OrderedDict[tuple[str, str], T], key: tuple[str, str], value: T, generation: int | None
+    ) -> None:
+        # Readers remember what they have read while the lane's own thread commits.
+        with self._remembering:
+            if not self._of(self._preparing if generation is None else generation):
+                return
+            cache[key] = value
+            cache.move_to_end(key)
+            while len(cache) > _CACHED:
+                cache.popitem(last=False)
 
-_KEEPING = threading.Lock()
+    def _of(self, generation: int) -> bool:
+        """Tell whether what belongs to `generation` of the thread may be remembered; drop what is older."""
+        if generation > self._generation:
+            self._forget_values()
+            self._generation = generation
+        return generation == self._generation
 
-
-def _keep(cache: OrderedDict[tuple[str, str], T], key: tuple[str, str], value: T) -> None:
-    # Readers remember what they have read while the lane's own thread commits.
-    with _KEEPING:
-        cache[key] = value
-        cache.move_to_end(key)
-        while len(cache) > _CACHED:
-            cache.popitem(last=False)
+    def _forget_values(self) -> None:
+        self.channels.clear()
+        self.lists.clear()
 
 
 class Lanes:
@@ -179,7 +207,8 @@ class Lanes:
         client: The store.
         fence: See ThreadLog; such a saver serves one thread only.
         after_commit: See Lane.
-        keep: How many idle threads are remembered.
+        wish: See ThreadLog.
+        remembered: How many idle threads are remembered.
     """
 
     def __init__(
@@ -187,12 +216,14 @@ class Lanes:
         client: StateClient,
         fence: Fence | None = None,
         after_commit: Callable[[list[Entry]], None] | None = None,
-        keep: int = 64,
+        wish: Wish = keep,
+        remembered: int = 64,
     ) -> None:
         self.client = client
         self._fence = fence
         self._after_commit = after_commit
-        self._keep = keep
+        self._wish = wish
+        self._remembered = remembered
         self._lock = threading.Lock()
         self._lanes: OrderedDict[str, Lane] = OrderedDict()
 
@@ -201,10 +232,12 @@ class Lanes:
         with self._lock:
             lane = self._lanes.get(thread_id)
             if lane is None:
-                lane = Lane(self.client, ThreadLog(thread_id, self._fence), after_commit=self._after_commit)
+                lane = Lane(
+                    self.client, ThreadLog(thread_id, self._fence, wish=self._wish), after_commit=self._after_commit
+                )
                 self._lanes[thread_id] = lane
                 idle = [name for name, old in self._lanes.items() if old.idle and name != thread_id]
-                for name in idle[: max(0, len(self._lanes) - self._keep)]:
+                for name in idle[: max(0, len(self._lanes) - self._remembered)]:
                     del self._lanes[name]
             self._lanes.move_to_end(thread_id)
             return lane

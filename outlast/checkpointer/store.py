@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,17 +28,17 @@ from langgraph.store.base import (
     tokenize_path,
 )
 
-from outlast.checkpointer import store_match
+from outlast.checkpointer import store_match, sweeper
 from outlast.checkpointer.client import StateClient, Steps
 from outlast.checkpointer.store_index import PAGE, Index, Namespace
 from outlast.checkpointer.store_items import VALUE, VECTORS, Draft, Items, Stored, item_key
 from outlast.checkpointer.store_scan import Scan, first_seen
 from outlast.checkpointer.store_vectors import Vector, cosine
+from outlast.checkpointer.sweeper import Sweeper
 from outlast.errors import StoreError
 
 logger = logging.getLogger("outlast.store")
 
-_SWEEP_MINUTES: Final = 5.0
 _TIDY: Final = 20
 """Expired items that one search deletes at most."""
 _Ref = tuple[Namespace, str]
@@ -91,8 +90,7 @@ class DaprStore(BaseStore):
         self._index = Index()
         self._clock = time.time
         self._items = Items(self._client, serde or JsonPlusSerializer(), self._index, lambda: self._clock())
-        self._sweeper: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._sweeper = Sweeper(self.sweep_ttl, "outlast-store-sweeper")
 
     # --- LangGraph's interface: everything else of BaseStore ends here
 
@@ -129,36 +127,17 @@ class DaprStore(BaseStore):
 
     def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
         """Call `sweep_ttl` regularly, on a thread. Cancelling the future that is returned stops that."""
-        future: Future[None] = Future()
         if not self.ttl_config:
-            future.set_result(None)
-            return future
-        future.add_done_callback(lambda done: self._stop.set() if done.cancelled() else None)
-        if self._sweeper and self._sweeper.is_alive():
-            return future
-        self._stop.clear()
-        minutes = sweep_interval_minutes or self.ttl_config.get("sweep_interval_minutes") or _SWEEP_MINUTES
-        self._sweeper = threading.Thread(
-            target=self._sweep_on, args=(minutes * 60, future), name="outlast-store-sweeper", daemon=True
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        return self._sweeper.start(
+            sweep_interval_minutes or self.ttl_config.get("sweep_interval_minutes") or sweeper.MINUTES
         )
-        self._sweeper.start()
-        return future
 
     def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
         """Stop the sweeper. Returns False if it has not ended within `timeout` seconds."""
-        self._stop.set()
-        if self._sweeper:
-            self._sweeper.join(timeout)
-        return not (self._sweeper and self._sweeper.is_alive())
-
-    def _sweep_on(self, seconds: float, future: Future[None]) -> None:
-        while not self._stop.wait(seconds):
-            try:
-                self.sweep_ttl()
-            except Exception:
-                logger.exception("expired items could not be swept; trying again in %.0f s", seconds)
-        if not future.done():
-            future.set_result(None)
+        return self._sweeper.stop(timeout)
 
     # --- preparing a batch: pure
 

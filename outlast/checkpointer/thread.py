@@ -38,9 +38,12 @@ class ThreadLog:
         thread_id: The thread.
         fence: If given, every commit fails with FencedError once another attempt has taken the thread over.
         key: Key of the head, if it is not that of a thread.
+        wish: What the time to live of the thread becomes with every commit.
     """
 
-    def __init__(self, thread_id: str, fence: Fence | None = None, key: str = "") -> None:
+    def __init__(
+        self, thread_id: str, fence: Fence | None = None, key: str = "", wish: lives.Wish = lives.keep
+    ) -> None:
         self.thread_id = thread_id
         self.key = key or keys.thread_key(thread_id)
         self.index = Index(self.key)
@@ -209,7 +212,7 @@ class ThreadLog:
             written += pages
         garbage = names.next()
         written.append((f"{self.key}-{garbage}", seen.encode()))
-        changed = replace(rebuilt, garbage=garbage).committed(names.next())
+        changed = replace(rebuilt, garbage=garbage, life=self._head.life).committed(names.next())
         yield Swap(self.key, changed.encode(), self._etag, written)
         self.index = Index(self.key)
         current = yield from self._load()

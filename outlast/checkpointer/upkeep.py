@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from outlast.checkpointer.blobs import Locator, PackReader, PackWriter, Typed
-from outlast.checkpointer.client import Save, Steps
+from outlast.checkpointer.client import Get, Item, Save, Steps
 from outlast.checkpointer.head import Entry, Head
+from outlast.checkpointer.keys import thread_key
+from outlast.checkpointer.life import Wish, own
 from outlast.checkpointer.registry import THREADS
-from outlast.checkpointer.thread import ThreadLog
-from outlast.errors import CorruptRecordError, StoreError
+from outlast.checkpointer.thread import RewrittenError, ThreadLog
+from outlast.errors import CorruptRecordError, StoreError, UnknownFormatError
+
+logger = logging.getLogger("outlast.store")
 
 _BATCH: Final = 20
+_HEADS: Final = 100
 _TRIES: Final = 20
 
 Loads = Callable[[Typed], Any]
@@ -69,18 +75,53 @@ def writes_of(packs: dict[str, Any], entry: Entry) -> list[WriteRow]:
     return found
 
 
-def copy_thread(source: str, target: str, loads: Loads, limit: int) -> Steps[None]:
-    """Copy all checkpoints and writes of a thread to another one, which keeps what it has."""
-    log, copy = ThreadLog(source), ThreadLog(target)
-    head = yield from log.read()
-    if head is None:
-        return
+def copy_thread(source: str, target: str, loads: Loads, limit: int, wish: Wish) -> Steps[None]:
+    """Copy all checkpoints and writes of a thread to another one, which keeps what it has.
+
+    Args:
+        wish: What the time to live of the copy becomes, where the thread has none of its own.
+    """
+    for _ in range(_TRIES):
+        log, copy = ThreadLog(source), ThreadLog(target, wish=wish)
+        head = yield from log.read()
+        if head is None:
+            return
+        try:
+            return (yield from _copy_all(log, head, copy, loads, limit))
+        except RewrittenError:
+            continue  # later batches share what the earlier ones have put there, and that may be gone
+        except CorruptRecordError as error:
+            yield from log.reread(head, error)
+    raise StoreError(f"thread {source!r} could not be copied: it or {target!r} was rewritten all the while; try later")
+
+
+def _copy_all(log: ThreadLog, head: Head, copy: ThreadLog, loads: Loads, limit: int) -> Steps[None]:
+    wish = own(head.life.minutes) if head.life and head.life.own else None
+    generation = yield from copy.generation()
     entries = list(reversed((yield from log.index.entries(head))))
     copied: dict[tuple[str, int], Locator] = {}
     for start in range(0, len(entries), _BATCH):
         pack = PackWriter(copy.key, copy.names.next())
         moved = yield from _copied(log, entries[start : start + _BATCH], pack, loads, copied)
-        yield from copy.commit(moved, pack.finish(limit), pack.name)
+        yield from copy.commit(moved, pack.finish(limit), pack.name, generation, wish)
+
+
+def sweep_expired() -> Steps[int]:
+    """Remove the threads whose time to live is over; returns how many."""
+    count = 0
+    names = yield from THREADS.names()
+    for start in range(0, len(names), _HEADS):
+        batch = {thread_key(name): name for name in names[start : start + _HEADS]}
+        items: dict[str, Item] = yield Get(list(batch))
+        for key, item in items.items():
+            try:
+                head = Head.decode(key, item.data) if item.data else None
+                if head and (head.expired or (head.deleted and not head.empty)):
+                    count += yield from ThreadLog(batch[key]).delete(expired=True)
+            except (CorruptRecordError, UnknownFormatError) as error:
+                # One damaged thread must not keep the others; `outlast doctor --repair` names it.
+                logger.warning("not swept: %s", error)
+    return count
 
 
 def _copied(

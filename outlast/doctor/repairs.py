@@ -116,6 +116,10 @@ class _Repair:
                     yield from self._do(log.delete())
                     self.note("deletion cut short", thread_id, "records were left behind a deleted thread", True)
                 return
+            if head.expired:
+                yield from self._do(log.delete(expired=True))
+                self.note("expired thread", thread_id, "its time to live is over", True)
+                return
             if head.garbage:
                 yield from self._do(log.sweep())
                 self.note("rewrite cut short", thread_id, "records of before a pruning were left", True)
