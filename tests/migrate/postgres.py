@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from tests.harness.procs import Child, clean_env, free_ports, wait_for
 def binaries() -> Path | None:
     """The folder with initdb and postgres, if there is one."""
     on_path = shutil.which("initdb")
-    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb")) or ([on_path] if on_path else [])
-    return Path(found[-1]).resolve().parent if found else None
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or ([Path(on_path)] if on_path else [])
+    return found[-1].resolve().parent if found else None
 
 
 @contextmanager
@@ -27,26 +26,26 @@ def server() -> Iterator[str]:
     """Run a server with no data, and give its URL."""
     folder = binaries()
     assert folder is not None
-    # PostgreSQL does not run as root; its own user does not see into pytest's folders.
-    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    # Not in pytest's folders, which only we see into: PostgreSQL does not run as root.
     home = Path(tempfile.mkdtemp(prefix="outlast-pg-"))
+    user: list[str] = []
+    if os.geteuid() == 0:
+        shutil.chown(home, "nobody")
+        # It becomes the server itself, which then ends with us.
+        user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--pdeathsig=KILL"]
     try:
-        if user:
-            os.chown(home, pwd.getpwnam("postgres").pw_uid, -1)
         data, (port,) = home / "data", free_ports(1)
         initdb = [str(folder / "initdb"), "-D", str(data), "-U", "outlast", "-A", "trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*user, *initdb], check=True, capture_output=True, cwd="/")
+        subprocess.run([*user, *initdb, "--locale=C"], check=True, capture_output=True, cwd="/")
         command = [str(folder / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(home), "-F"]
-        log = home / "postgres.log"
-        child = Child([*user, *command], log=log, env=clean_env({}), cwd=Path("/"))
-        try:
+        with Child([*user, *command], log=home / "postgres.log", env=clean_env({}), cwd=Path("/")) as child:
             ready = [str(folder / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
             wait_for(lambda: subprocess.run(ready, check=False).returncode == 0, 30, "PostgreSQL", every=0.05)
-            yield f"postgres://outlast@127.0.0.1:{port}/postgres"
-        finally:
-            # runuser passes SIGTERM on; killed itself it would leave the server behind.
-            pid = int((data / "postmaster.pid").read_text().split()[0])
-            os.kill(pid, 2)
-            child.wait(30)
+            try:
+                yield f"postgres://outlast@127.0.0.1:{port}/postgres"
+            finally:
+                # Killed at once it would leave its shared memory behind.
+                os.kill(child.pid, signal.SIGINT)
+                child.wait(30)
     finally:
         shutil.rmtree(home, ignore_errors=True)

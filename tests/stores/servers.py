@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness.procs import Child, clean_env, free_ports, wait_for
+from tests.migrate import postgres
 from tests.stores.sidecar import Component
 from tools.get_dapr import MODULE, DaprNotFound, find_go
 
@@ -92,9 +93,16 @@ def _running(
         yield child
 
 
-def _checked(command: Sequence[str | Path], home: Path) -> str:
+def _checked(command: Sequence[str | Path], home: Path, env: Mapping[str, str] | None = None) -> str:
     """Run a command and return what it prints."""
-    done = subprocess.run([str(part) for part in command], cwd=home, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=home,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise CannotStart(f"{command[0]} failed: {(done.stderr or done.stdout)[-500:]}")
     return done.stdout
@@ -118,31 +126,12 @@ def _sqlite(home: Path) -> Iterator[Component]:
     yield Component("state.sqlite", {"connectionString": str(home / "state.sqlite")})
 
 
-@contextlib.contextmanager
-def _postgres(home: Path) -> Iterator[str]:
-    initdb, postgres = program("initdb", "postgresql"), program("postgres", "postgresql")
-    (port,) = free_ports(1)
-    home.mkdir(parents=True, exist_ok=True)
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        # PostgreSQL refuses root, and the test's directory must let another user through.
-        _checked(["chown", "nobody", home], home)
-        for parent in [home, *home.parents]:
-            with contextlib.suppress(OSError):
-                parent.chmod(parent.stat().st_mode | 0o011)
-        group = "nogroup"
-        as_user = ["setpriv", "--reuid=nobody", f"--regid={group}", "--clear-groups", "--pdeathsig=KILL"]
-    data = home / "data"
-    _checked([*as_user, initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"], home)
-    command = [*as_user, postgres, "-D", data, "-p", str(port), "-h", _LOOPBACK, "-k", home]
-    with _running(command, home, _LOOPBACK, port):
-        yield f"host={_LOOPBACK} port={port} user=postgres password=x dbname=postgres sslmode=disable"
-
-
 def _on_postgres(kind: str, version: str) -> Callable[[Path], Iterator[Component]]:
     def start(home: Path) -> Iterator[Component]:
-        with _postgres(home / "postgres") as connection:
-            yield Component(kind, {"connectionString": connection}, version)
+        if postgres.binaries() is None:
+            raise CannotStart("PostgreSQL is not installed (apt install postgresql)")
+        with postgres.server() as url:
+            yield Component(kind, {"connectionString": url}, version)
 
     return start
 
@@ -244,6 +233,21 @@ def _go() -> str:
         return find_go()
     except DaprNotFound as error:
         raise CannotStart(str(error)) from None
+
+
+def _built(module: str, version: str) -> Path:
+    """Return the program of a Go module, built from source."""
+    home = _downloads() / "go" / f"{module.rpartition('/')[2]}-{version}"
+    done = home / "server"
+    if not done.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "go.mod").write_text("module outlast/server\n")
+        # A module that Consul needs is in the proxy and not in the checksum database.
+        env = {"GOFLAGS": "-mod=mod", "CGO_ENABLED": "0", "GONOSUMDB": "github.com/hashicorp/consul-awsauth"}
+        _checked([_go(), "get", f"{module}@{version}"], home, env)
+        _checked([_go(), "build", "-trimpath", "-ldflags=-s -w", "-o", "built", module], home, env)
+        (home / "built").rename(done)
+    return done
 
 
 def _node(package: str) -> Path:
@@ -550,6 +554,25 @@ def _coherence(home: Path) -> Iterator[Component]:
             yield Component("state.coherence", {"serverAddress": f"{host}:1408", "requestTimeout": "30s"})
 
 
+@_store("consul", "Consul 1.20.6", sound=False)
+def _consul(home: Path) -> Iterator[Component]:
+    server = _built("github.com/hashicorp/consul", "v1.20.6")
+    http, serf, rpc = free_ports(3)
+    # In memory, one node.
+    command = [server, "agent", "-dev", f"-bind={_LOOPBACK}", f"-client={_LOOPBACK}", f"-http-port={http}"]
+    command += [f"-serf-lan-port={serf}", f"-server-port={rpc}"]
+    command += [f"-{name}-port=-1" for name in ("serf-wan", "dns", "grpc", "grpc-tls")]
+    with _running(command, home / "consul", _LOOPBACK, http):
+        wait_for(lambda: _text(f"http://{_LOOPBACK}:{http}/v1/status/leader") != '""', 60, "Consul to have a leader")
+        yield Component("state.consul", {"httpAddr": f"{_LOOPBACK}:{http}"})
+
+
+def _text(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        text: str = response.read().decode().strip()
+    return text
+
+
 _MINIFLARE = """
 const [, , library, port, host] = process.argv;
 const { Miniflare } = require(library);
@@ -593,4 +616,3 @@ def _not_here(name: str, server: str, reason: str, sound: bool = True) -> None:
 
 _not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
 _not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
-_not_here("consul", "Consul", "no fixture yet: has to be built with Go", sound=False)
