@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from tests.harness.procs import Child, clean_env, free_ports, wait_for
 from tools.get_dapr import find
@@ -20,7 +21,7 @@ _ATTEMPTS = 3  # somebody else may take a port between our choosing it and the s
 _READY_SECONDS = 60
 
 
-def component(name: str, kind: str, metadata: Mapping[str, str]) -> str:
+def component(name: str, kind: str, metadata: Mapping[str, str], version: str = "v1") -> str:
     """The YAML of a component. JSON strings are YAML strings, so nothing needs escaping by hand."""
     entries = "".join(
         f"    - {{name: {json.dumps(key)}, value: {json.dumps(value)}}}\n" for key, value in metadata.items()
@@ -28,7 +29,7 @@ def component(name: str, kind: str, metadata: Mapping[str, str]) -> str:
     return (
         "apiVersion: dapr.io/v1alpha1\nkind: Component\n"
         f"metadata: {{name: {json.dumps(name)}}}\n"
-        f"spec:\n  type: {kind}\n  version: v1\n  metadata:\n{entries or '    []'}"
+        f"spec:\n  type: {kind}\n  version: {version}\n  metadata:\n{entries or '    []'}"
     )
 
 
@@ -47,6 +48,29 @@ class Daprd:
     _command: Sequence[str | Path] = field(repr=False)
     _log: Path = field(repr=False)
     _child: Child | None = field(default=None, repr=False)
+
+    @classmethod
+    def make(cls, app_id: str, home: Path, files: Mapping[str, str], placement: str = "", scheduler: str = "") -> Self:
+        """One that is not started yet, with these resources (file name → YAML)."""
+        grpc, http, internal, metrics = free_ports(4)
+        resources = home / "resources"
+        resources.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (resources / name).write_text(text)
+        flags = {
+            "app-id": app_id,
+            "resources-path": resources,
+            "dapr-grpc-port": grpc,
+            "dapr-http-port": http,
+            "dapr-listen-addresses": _LOOPBACK,
+            "dapr-internal-grpc-port": internal,
+            "dapr-internal-grpc-listen-address": _LOOPBACK,
+            "metrics-port": metrics,
+            "metrics-listen-address": _LOOPBACK,
+            "placement-host-address": placement,
+            "scheduler-host-address": scheduler,
+        }
+        return cls(app_id, grpc, http, [find() / "daprd", *_arguments(flags)], home / f"daprd-{grpc}.log")
 
     @property
     def child(self) -> Child:
@@ -207,28 +231,10 @@ class DaprCluster:
         wait_for(healthy, _READY_SECONDS, lambda: f"{name}; it said:\n{child.tail()}", every=0.05)
 
     def _new_daprd(self, app_id: str) -> Daprd:
-        grpc, http, internal, metrics = free_ports(4)
         home = self.root / app_id
-        resources = home / "resources"
-        resources.mkdir(parents=True, exist_ok=True)
         files = {"statestore.yaml": sqlite_store(home / "state.sqlite"), **self.components}
-        for name, text in files.items():
-            (resources / name).write_text(text)
-        flags = {
-            "app-id": app_id,
-            "resources-path": resources,
-            "dapr-grpc-port": grpc,
-            "dapr-http-port": http,
-            "dapr-listen-addresses": _LOOPBACK,
-            "dapr-internal-grpc-port": internal,
-            "dapr-internal-grpc-listen-address": _LOOPBACK,
-            "metrics-port": metrics,
-            "metrics-listen-address": _LOOPBACK,
-            "placement-host-address": f"{_LOOPBACK}:{self._placement_port}",
-            "scheduler-host-address": f"{_LOOPBACK}:{self._scheduler_port}",
-        }
-        command: list[str | Path] = [self._binaries / "daprd", *_arguments(flags)]
-        return Daprd(app_id, grpc, http, command, home / f"daprd-{grpc}.log")
+        placement, scheduler = (f"{_LOOPBACK}:{port}" for port in (self._placement_port, self._scheduler_port))
+        return Daprd.make(app_id, home, files, placement, scheduler)
 
 
 def _arguments(flags: Mapping[str, object]) -> list[str]:

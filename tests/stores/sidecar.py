@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from outlast.embedded import EmbeddedSidecar
 from tests.harness.daprd import STATE_STORE, Daprd, http_ok
-from tests.harness.procs import free_ports
-from tools.get_dapr import find
-
-_LOOPBACK = "127.0.0.1"
+from tests.harness.daprd import component as yaml
 
 
 @dataclass(frozen=True)
@@ -22,17 +18,6 @@ class Component:
     kind: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     version: str = "v1"
-
-    def yaml(self, name: str = STATE_STORE) -> str:
-        """The component's YAML. JSON strings are YAML strings, so nothing needs escaping by hand."""
-        entries = "".join(
-            f"    - name: {key}\n      value: {json.dumps(value)}\n" for key, value in self.metadata.items()
-        )
-        entries = f"\n{entries}" if entries else " []\n"
-        return (
-            f"apiVersion: dapr.io/v1alpha1\nkind: Component\nmetadata:\n  name: {name}\n"
-            f"spec:\n  type: {self.kind}\n  version: {self.version}\n  metadata:{entries}"
-        )
 
 
 class StateSidecar(Daprd):
@@ -62,24 +47,7 @@ class Embedded:
 
 def start(home: Path, component: Component) -> StateSidecar:
     """Start a daprd with this one component."""
-    grpc, http, internal, metrics = free_ports(4)
-    resources = home / "resources"
-    resources.mkdir(parents=True, exist_ok=True)
-    (resources / "statestore.yaml").write_text(component.yaml())
-    flags = {
-        "app-id": "stores",
-        "resources-path": resources,
-        "dapr-grpc-port": grpc,
-        "dapr-http-port": http,
-        "dapr-listen-addresses": _LOOPBACK,
-        "dapr-internal-grpc-port": internal,
-        "dapr-internal-grpc-listen-address": _LOOPBACK,
-        "metrics-port": metrics,
-        "metrics-listen-address": _LOOPBACK,
-        "placement-host-address": "",
-        "scheduler-host-address": "",
-    }
-    command = [find() / "daprd", *(f"--{name}={value}" for name, value in flags.items())]
-    sidecar = StateSidecar("stores", grpc, http, command, home / "daprd.log")
+    text = yaml(STATE_STORE, component.kind, component.metadata, component.version)
+    sidecar = StateSidecar.make("stores", home, {"statestore.yaml": text})
     sidecar.start()
     return sidecar
