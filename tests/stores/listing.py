@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 import psycopg
 
-from tests.stores.servers import program
 from tests.stores.sidecar import Component
+from tests.stores.starting import program
 
 
 def _sqlite(settings: Mapping[str, str]) -> list[str]:
