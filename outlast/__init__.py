@@ -14,9 +14,12 @@ from typing import Any
 from outlast.checkpointer.client import Guarantee
 from outlast.errors import (
     AgentNotFoundError,
+    BudgetExceededError,
+    CircuitOpenError,
     CorruptRecordError,
     DuplicateAgentError,
     FencedError,
+    JournalMismatchError,
     OutlastError,
     RecordTooLargeError,
     RunCancelledError,
@@ -24,39 +27,72 @@ from outlast.errors import (
     RunFailedError,
     RunNotFoundError,
     RunStateError,
+    RunTimeoutError,
     SerializationError,
     SidecarUnavailableError,
+    StepError,
+    StepFailedError,
+    StepInDoubtError,
+    StepTimeoutError,
     StoreError,
     StoreNotFoundError,
     ThreadBusyError,
     UnknownFormatError,
     UnsupportedStoreError,
 )
+from outlast.recovery.answers import Answer, again, allow, done, fail
+from outlast.recovery.budget import Budget, Price
 from outlast.recovery.handle import RunHandle
+from outlast.recovery.marked import step
+from outlast.recovery.policy import CircuitBreaker, Policies, RetryPolicy, StepPolicy
 from outlast.recovery.runtime import Runtime, default_runtime
+from outlast.recovery.steps import Question, StepInfo, current_step
 
 __all__ = [
     "AgentNotFoundError",
+    "Answer",
+    "Budget",
+    "BudgetExceededError",
+    "CircuitBreaker",
+    "CircuitOpenError",
     "CorruptRecordError",
     "DuplicateAgentError",
     "FencedError",
+    "JournalMismatchError",
     "OutlastError",
+    "Policies",
+    "Price",
+    "Question",
     "RecordTooLargeError",
+    "RetryPolicy",
     "RunCancelledError",
     "RunConflictError",
     "RunFailedError",
     "RunHandle",
     "RunNotFoundError",
     "RunStateError",
+    "RunTimeoutError",
     "Runtime",
     "SerializationError",
     "SidecarUnavailableError",
+    "StepError",
+    "StepFailedError",
+    "StepInDoubtError",
+    "StepInfo",
+    "StepPolicy",
+    "StepTimeoutError",
     "StoreError",
     "StoreNotFoundError",
     "ThreadBusyError",
     "UnknownFormatError",
     "UnsupportedStoreError",
+    "again",
+    "allow",
+    "current_step",
+    "done",
     "durable",
+    "fail",
+    "step",
 ]
 
 
@@ -79,7 +115,8 @@ def durable(
         store: Name of the Dapr state store component.
         runtime: Use this runtime instead of the process's own for `store`.
         guarantee: `exactly-once` (default) refuses a store without a sound compare-and-swap; `at-least-once` takes any.
-        **options: Options of the framework's adapter, such as `if_busy="reject"`.
+        **options: Options of the framework's adapter, such as `if_busy="reject"`, `policies=Policies(...)` and
+            `budget=Budget(...)`.
 
     Raises:
         TypeError: If it is no agent of a supported framework.

@@ -83,3 +83,54 @@ class RunFailedError(OutlastError):
 
 class RunCancelledError(OutlastError):
     """The run was cancelled before it finished."""
+
+
+class StepError(OutlastError):
+    """Base class of errors of a step: a model call, a tool call, a function marked as a step."""
+
+
+class JournalMismatchError(StepError):
+    """A recorded step is met again with another request: the code, or what it depends on, changed between attempts."""
+
+
+class StepFailedError(StepError):
+    """A step failed in an attempt before with an exception that cannot be made again in this process.
+
+    Attributes:
+        error_type: The qualified name of that exception.
+    """
+
+    def __init__(self, error_type: str, message: str) -> None:
+        super().__init__(f"{error_type}: {message}")
+        self.error_type = error_type
+
+
+class StepTimeoutError(StepError, TimeoutError):
+    """A step took longer than its policy allows."""
+
+
+class StepInDoubtError(StepError):
+    """A step was in flight when its worker was lost, and its policy, or a person, says not to make it again."""
+
+
+class CircuitOpenError(StepError):
+    """An endpoint has failed so often of late that no call is made for a while.
+
+    Attributes:
+        retry_after: Seconds until a call is let through again.
+    """
+
+    def __init__(self, endpoint: str, failures: int, retry_after: float) -> None:
+        super().__init__(
+            f"{endpoint} failed {failures} times in a row: no call is made for {retry_after:.1f} s; "
+            "a RetryPolicy waits for it"
+        )
+        self.retry_after = retry_after
+
+
+class BudgetExceededError(StepError):
+    """The next call of a run would cross a limit of its budget; it was not made."""
+
+
+class RunTimeoutError(OutlastError, TimeoutError):
+    """A run took longer than its policy allows."""

@@ -6,13 +6,24 @@ import asyncio
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from outlast.checkpointer.client import StateClient
 from outlast.checkpointer.thread import Fence
+from outlast.errors import FencedError
+from outlast.recovery.budget import Account, Budget
+from outlast.recovery.codec import Codec
+from outlast.recovery.journal import Journal
+from outlast.recovery.policy import Breakers, Policies
 from outlast.recovery.runs import RunHead, RunInput, Typed
+from outlast.recovery.steps import AttemptStopped, Question, Stop
+
+
+class AttemptHungError(FencedError):
+    """The worker has given an attempt up because it hangs."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +31,20 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        status: `done`, `waiting` (for a signal), `yielded` (drained, to go on elsewhere) or `failed`.
+        status: `done`, `waiting` (for a signal), `sleeping`, `yielded` (drained, to go on elsewhere) or `failed`.
         result: What the run has produced so far, serialised.
         error: Type and message of the exception, if it failed.
         exception: The exception itself, for a caller in this process.
+        question: What a waiting run asks, if outlast itself asks it.
+        until: Unix time at which a sleeping run goes on.
     """
 
-    status: Literal["done", "waiting", "yielded", "failed"]
+    status: Literal["done", "waiting", "sleeping", "yielded", "failed"]
     result: Typed | None = None
     error: tuple[str, str] | None = None
     exception: BaseException | None = None
+    question: Question | None = None
+    until: float | None = None
 
 
 @dataclass
@@ -75,7 +90,16 @@ class Attempt:
         client: The state store.
         attachment: The caller, if it is in this process.
         publish: Hands a stream chunk to whoever listens.
+        journal: The steps of the run.
+        policies, budget: Of the agent.
+        account: What the run has spent.
+        breakers: Of the worker.
+        answers: What persons answered to questions of outlast, by id of the question.
         finished: Set when the attempt is over and what came of it is written down.
+        stop: Why the attempt is to end in the middle of a step, once it is.
+        flying: The calls in progress.
+        doomed: Calls that only wait for a stopped call in them.
+        loop: The event loop that the attempt runs on, if any.
     """
 
     head: RunHead
@@ -84,8 +108,20 @@ class Attempt:
     client: StateClient
     attachment: Attachment | None
     publish: Publish
+    journal: Journal
+    policies: Policies
+    budget: Budget
+    account: Account
+    breakers: Breakers
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
+    stop: Stop | None = None
+    flying: set[object] = field(default_factory=set)
+    doomed: set[object] = field(default_factory=set)
+    loop: asyncio.AbstractEventLoop | None = None
     _drain: threading.Event = field(default_factory=threading.Event)
+    _abandoned: threading.Event = field(default_factory=threading.Event)
+    _deadlines: dict[object, float] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -106,6 +142,61 @@ class Attempt:
         """Ask the attempt to stop at the next boundary."""
         self._drain.set()
 
+    # --- ending in the middle
+
+    def check(self) -> None:
+        """Unwind if the attempt is to end.
+
+        Raises:
+            AttemptStopped: If so.
+        """
+        if self.stop is not None or self._abandoned.is_set():
+            raise AttemptStopped
+
+    def refuse_if_stopped(self) -> None:
+        """Let nothing be committed once the attempt is to end in the middle of a step.
+
+        Raises:
+            FencedError: If so.
+        """
+        if self.stop is not None or self._abandoned.is_set():
+            raise FencedError(f"this attempt of run {self.run_id!r} ends: what it has not recorded is done again")
+
+    def end_with(self, stop: Stop) -> None:
+        """Let the attempt end, with the first reason that is given; an error goes before what can be asked again."""
+        if self.stop is None or (stop.error is not None and self.stop.error is None):
+            self.stop = stop
+
+    # --- hanging
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the worker has given the attempt up, because it hangs."""
+        return self._abandoned.is_set()
+
+    def abandon(self) -> None:
+        """Give the attempt up; whatever it still does is fenced by the next."""
+        self._abandoned.set()
+
+    def given_up(self) -> AttemptHungError:
+        """Return the error to end with after `abandon`."""
+        return AttemptHungError(f"this attempt of run {self.run_id!r} hung and was given up")
+
+    def watched(self, timeout: float) -> object:
+        """Expect something within `timeout` seconds, until `unwatched` is called with the result."""
+        token = object()
+        self._deadlines[token] = time.monotonic() + timeout
+        return token
+
+    def unwatched(self, token: object) -> None:
+        """What was expected has come."""
+        self._deadlines.pop(token, None)
+
+    def overdue(self, grace: float) -> bool:
+        """Whether something expected is late by more than `grace` seconds: not even its timeout could be served."""
+        now = time.monotonic()
+        return any(now - deadline > grace for deadline in list(self._deadlines.values()))
+
 
 class Agent(Protocol):
     """An agent of some framework, as the controller sees it."""
@@ -113,6 +204,18 @@ class Agent(Protocol):
     @property
     def name(self) -> str:
         """The name that finds the agent again after a restart."""
+
+    @property
+    def policies(self) -> Policies:
+        """What to do when steps and runs of the agent fail."""
+
+    @property
+    def budget(self) -> Budget:
+        """What a run of the agent may spend."""
+
+    @property
+    def codec(self) -> Codec:
+        """Serialises the results of steps."""
 
     def advance(self, attempt: Attempt) -> Outcome:
         """Carry the run on from its last committed state until it ends, waits or is asked to drain.

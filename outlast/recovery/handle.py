@@ -8,10 +8,14 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from outlast.errors import RunCancelledError, RunFailedError
-from outlast.recovery import runs
+from outlast.recovery import journal, runs
+from outlast.recovery.answers import Answer, give_answer, question
 from outlast.recovery.attempt import Attachment
-from outlast.recovery.runs import RunHead, Status, Typed
+from outlast.recovery.codec import Codec
+from outlast.recovery.journal import Record
+from outlast.recovery.runs import RunHead, Status
 from outlast.recovery.runtime import Runtime
+from outlast.recovery.steps import Question
 
 T = TypeVar("T")
 
@@ -25,7 +29,7 @@ class RunHandle(Generic[T]):
     Args:
         runtime: The store the run is in.
         run_id: The run.
-        loads: Turns a stored result into the value the agent's own call would have returned.
+        codec: Turns a stored result into the value the agent's own call would have returned.
         answer: Hands the run an answer: checks it, serialises it, signals.
 
     Attributes:
@@ -36,13 +40,13 @@ class RunHandle(Generic[T]):
         self,
         runtime: Runtime,
         run_id: str,
-        loads: Callable[[Typed], T],
+        codec: Codec,
         answer: Callable[[str, Any], None],
         attachment: Attachment | None = None,
     ) -> None:
         self.run_id = run_id
         self._runtime = runtime
-        self._loads = loads
+        self._codec = codec
         self._answer = answer
         self._attachment = attachment or Attachment()
         if attachment is None:
@@ -141,7 +145,8 @@ class RunHandle(Generic[T]):
             raise RunFailedError(self.run_id, *(head.error or ("unknown", "")))
         if head.status in ("cancelled", "superseded", "rejected"):
             raise RunCancelledError(f"run {self.run_id!r} was {head.status}")
-        return self._loads(self._runtime.client.run(runs.read_typed(self.run_id, head.result)))
+        value: T = self._codec.loads_typed(self._runtime.client.run(runs.read_typed(self.run_id, head.result)))
+        return value
 
     def resume(self, value: Any = None) -> None:
         """Give a waiting run its answer; it goes on at once, on whatever worker.
@@ -159,14 +164,48 @@ class RunHandle(Generic[T]):
         """Give a waiting run its answer. Async face of `resume`."""
         await asyncio.to_thread(self.resume, value)
 
-    def cancel(self) -> None:
-        """Ask the run to end: at once where it waits, else at its next boundary. Ended runs stay as they are."""
-        self._runtime.cancel(self.run_id)
+    def question(self) -> Question | None:
+        """Return what outlast itself asks while the run waits (a step in doubt, a budget used up), or None."""
+        return question(self._runtime, self._codec, self._head())
 
-    async def acancel(self) -> None:
+    def answer(self, answer: Answer) -> None:
+        """Answer the question that outlast asks; the run goes on at once.
+
+        Args:
+            answer: Made by `done`, `again`, `fail` or `allow`.
+
+        Raises:
+            RunNotFoundError: If there is no such run.
+            RunStateError: If it asks nothing, or the answer does not fit the question.
+        """
+        give_answer(self._runtime, self._codec, self.run_id, answer)
+
+    def steps(self) -> list[Record]:
+        """Return the recorded steps of the run, in the order in which they ended."""
+        return self._runtime.client.run(journal.read(self.run_id, self._codec))
+
+    def retry(self) -> None:
+        """Let a failed run go on from where it failed; recorded results are used, recorded errors are not.
+
+        Raises:
+            RunNotFoundError: If there is no such run.
+            RunStateError: If it has not failed, or its steps were undone.
+        """
+        self._attachment.failure = None
+        self._runtime.retry(self.run_id)
+
+    def cancel(self, compensate: bool = False) -> None:
+        """Ask the run to end: at once where it waits, else at its next boundary. Ended runs stay as they are.
+
+        Args:
+            compensate: Undo its finished steps first, by what they gave as `compensate`.
+        """
+        self._runtime.cancel(self.run_id, compensate)
+
+    async def acancel(self, compensate: bool = False) -> None:
         """Ask the run to end. Async face of `cancel`."""
-        await asyncio.to_thread(self.cancel)
+        await asyncio.to_thread(self.cancel, compensate)
 
 
 def _settled(head: RunHead) -> bool:
-    return head.ended or (head.status == "waiting" and not head.signals)
+    return head.ended or head.idle

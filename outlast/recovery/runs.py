@@ -71,7 +71,12 @@ class RunHead:
         call: Name of the record of the signal whose options are in force; empty while those of the submission are.
         result: Name of the record of the newest result.
         error: Type and message of the exception the run failed with.
-        cancel: Whether somebody asked the run to end.
+        cancel: Whether somebody asked the run to end; `compensate`: and to undo its finished steps.
+        retries: How often the run was tried again after it had failed.
+        until: Unix time until which a sleeping run sleeps.
+        question: Id of what outlast itself asks while the run waits, and the name of the record that says it.
+        answers: Names of the records of answers not yet consumed, by id of the question.
+        ending: Status and error the run is to end with, once its steps are undone.
         created, updated: Unix times in seconds.
     """
 
@@ -91,8 +96,19 @@ class RunHead:
     result: str = ""
     error: tuple[str, str] | None = None
     cancel: bool = False
+    compensate: bool = False
+    retries: int = 0
+    until: float = 0.0
+    question: tuple[str, str] | None = None
+    answers: dict[str, str] = field(default_factory=dict)
+    ending: tuple[Status, tuple[str, str] | None] | None = None
     created: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the run waits for an answer that has not been given."""
+        return self.status == "waiting" and not self.signals and not self.answers
 
     @property
     def ended(self) -> bool:
@@ -114,13 +130,15 @@ class RunHead:
 
     @staticmethod
     def _of(body: dict[str, Any]) -> RunHead:
-        running, error = body["running"], body["error"]
+        running, error, ending = body["running"], body["error"], body.get("ending")
         return RunHead(
             **{
                 **body,
                 "running": Running(**running) if running else None,
                 "signals": tuple(body["signals"]),
                 "error": tuple(error) if error else None,
+                "question": tuple(body["question"]) if body.get("question") else None,
+                "ending": (ending[0], tuple(ending[1]) if ending[1] else None) if ending else None,
             }
         )
 
@@ -279,9 +297,21 @@ def take_over(head: RunHead, worker: str, delivery: str) -> Steps[tuple[RunHead,
 
 
 def settle(
-    head: RunHead, status: Status, limit: int, *, result: Typed | None = None, error: tuple[str, str] | None = None
+    head: RunHead,
+    status: Status,
+    limit: int,
+    *,
+    result: Typed | None = None,
+    error: tuple[str, str] | None = None,
+    until: float = 0.0,
+    question: tuple[str, Typed] | None = None,
+    retried: bool = False,
 ) -> Steps[RunHead]:
     """Write down how the attempt of `head` ended.
+
+    Args:
+        question: Id and content of what outlast asks.
+        retried: Whether the run has failed and is tried again.
 
     Raises:
         FencedError: If another attempt has taken the run over.
@@ -289,6 +319,9 @@ def settle(
     name = head.result
     if result:
         name, _ = yield from _store(head.run_id, records.RESULT, list(result), limit)
+    asked: tuple[str, str] | None = None
+    if question:
+        asked = (question[0], (yield from _store(head.run_id, records.RESULT, list(question[1]), limit))[0])
 
     def end(now: RunHead) -> RunHead | None:
         if now.status == status and now.result == name and now.running is None:
@@ -296,7 +329,8 @@ def settle(
         if now.running != head.running or now.ended:
             raise FencedError(f"run {head.run_id!r} was taken over; what this attempt found is dropped")
         now = spent(now, now.taken["signal"]) if now.taken else now
-        return replace(now, status=status, running=None, result=name, error=error)
+        changed = replace(now, status=status, running=None, result=name, error=error, until=until, question=asked)
+        return replace(changed, answers={}, retries=now.retries + retried)
 
     return (yield from change(head.run_id, end))
 
@@ -351,11 +385,52 @@ def signal(run_id: str, value: Typed, limit: int, addressed: bool = False) -> St
     return (yield from change(run_id, hand))
 
 
+def answer(run_id: str, question_id: str, value: Typed, limit: int) -> Steps[RunHead]:
+    """Answer what outlast itself asks of a waiting run.
+
+    Raises:
+        RunNotFoundError: If there is no such run.
+        RunStateError: If it does not ask that, or has been answered already.
+    """
+    yield from read(run_id)
+    name, _ = yield from _store(run_id, records.RESULT, list(value), limit)
+
+    def give(now: RunHead) -> RunHead | None:
+        if now.answers.get(question_id) == name:
+            return None
+        if now.status != "waiting" or not now.question or now.question[0] != question_id or now.answers:
+            raise RunStateError(f"run {run_id!r} does not ask {question_id!r} now; `outlast show {run_id}` shows it")
+        return replace(now, answers={question_id: name})
+
+    return (yield from change(run_id, give))
+
+
+def retry(run_id: str) -> Steps[RunHead]:
+    """Let a failed run go on from where it failed.
+
+    Raises:
+        RunNotFoundError: If there is no such run.
+        RunStateError: If it has not failed, or its steps were undone.
+    """
+    seen = yield from read(run_id)
+    yield from ACTIVE.put(run_id, 1)
+
+    def again(now: RunHead) -> RunHead | None:
+        if now.retries == seen.retries + 1 and now.status == "accepted":
+            return None
+        if now.status != "failed" or now.ending:
+            state = "its steps were undone" if now.status == "failed" else f"it is {now.status}"
+            raise RunStateError(f"run {run_id!r} cannot be tried again: {state}; submit a new run")
+        return replace(now, status="accepted", error=None, retries=now.retries + 1, instance=_next_instance(now))
+
+    head = yield from change(run_id, again)
+    yield from _line_up(head, True)
+    return head
+
+
 def supersede(run_id: str) -> Steps[str | None]:
     """End a run that waits for an answer, in favour of a new one. Returns whose turn it is then, if anybody's."""
-    head = yield from change(
-        run_id, lambda now: replace(now, status="superseded") if now.status == "waiting" and not now.signals else None
-    )
+    head = yield from change(run_id, lambda now: replace(now, status="superseded") if now.idle else None)
     if head.status != "superseded":
         return None
     return (yield from release(head))
@@ -363,10 +438,14 @@ def supersede(run_id: str) -> Steps[str | None]:
 
 def overtake(head: RunHead) -> Steps[RunHead | None]:
     """Give a run whose worker hangs a new workflow. Returns the new head, or None if somebody else was quicker."""
-    generation = int(head.instance.rpartition("~")[2]) if "~" in head.instance else 0
-    instance = f"{instance_id(head.run_id)}~{generation + 1}"
+    instance = _next_instance(head)
     changed = yield from change(
         head.run_id,
         lambda now: replace(now, instance=instance) if now.running == head.running and not now.ended else None,
     )
     return changed if changed.instance == instance else None
+
+
+def _next_instance(head: RunHead) -> str:
+    generation = int(head.instance.rpartition("~")[2]) if "~" in head.instance else 0
+    return f"{instance_id(head.run_id)}~{generation + 1}"

@@ -21,6 +21,7 @@ from outlast.checkpointer.sidecar import Address, configured
 from outlast.errors import AgentNotFoundError, DuplicateAgentError, SidecarUnavailableError, StoreError
 from outlast.recovery import runs
 from outlast.recovery.attempt import Agent, Attachment, Publish
+from outlast.recovery.policy import Breakers
 from outlast.recovery.runs import RunHead, RunInput, Typed
 from outlast.recovery.worker import Worker, sdk_logging
 from outlast.recovery.workflow import RUN, WAKE
@@ -49,6 +50,7 @@ class Runtime:
         self.store = store
         self.guarantee: Guarantee = guarantee
         self.agents: dict[str, Agent] = {}
+        self.breakers = Breakers()
         self._address = address
         self._lock = threading.RLock()
         self._client: StateClient | None = None
@@ -241,11 +243,31 @@ class Runtime:
         self.client.run(runs.signal(run_id, value, self.client.capabilities.quirks.max_value, addressed))
         self.wake(run_id)
 
-    def cancel(self, run_id: str) -> RunHead:
-        """Ask a run to end: at once where it waits, else at its next boundary."""
+    def answer(self, run_id: str, question_id: str, value: Typed) -> None:
+        """Answer what outlast asks of a waiting run, and wake it. Errors as of `runs.answer`."""
+        self.start_worker()
+        self.client.run(runs.answer(run_id, question_id, value, self.client.capabilities.quirks.max_value))
+        self.wake(run_id)
+
+    def retry(self, run_id: str) -> RunHead:
+        """Let a failed run go on from where it failed. Errors as of `runs.retry`."""
+        self.start_worker()
+        head = self.client.run(runs.retry(run_id))
+        self.schedule(head)
+        return head
+
+    def cancel(self, run_id: str, compensate: bool = False) -> RunHead:
+        """Ask a run to end: at once where it waits, else at its next boundary.
+
+        Args:
+            compensate: Whether its finished steps are undone first, by what they gave as `compensate`.
+        """
         self.start_worker()
         head = self.client.run(
-            runs.change(run_id, lambda now: None if now.ended or now.cancel else replace(now, cancel=True))
+            runs.change(
+                run_id,
+                lambda now: None if now.ended or now.cancel else replace(now, cancel=True, compensate=compensate),
+            )
         )
         self.wake(run_id)
         return head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -124,6 +125,7 @@ class Watch:
         self._peers: dict[str, _Seen] = {}
         self._overtaken: dict[str, _Seen] = {}
         self._active: dict[str, float] = {}
+        self._pinged: dict[asyncio.AbstractEventLoop, float] = {}
 
     def run(self, stopping: threading.Event) -> None:
         """Work until `stopping` is set."""
@@ -153,6 +155,7 @@ class Watch:
         if self._held:
             self.beat()
         self._drain_cancelled()
+        self._abandon_hanging()
         self._give_back_lost()
         self._overtake_stale()
         self._finish_for_dead(self._timeout)
@@ -230,6 +233,24 @@ class Watch:
             if head.cancel:
                 held[head.run_id].drain()
 
+    def _abandon_hanging(self) -> None:
+        """Give up attempts that hang: their event loop does not turn, or a timeout in it could not be served."""
+        for attempt in self._held.in_progress():
+            if attempt.overdue(self._timeout / 4) or self._blocked(attempt):
+                logger.warning("run %s hangs in worker %s; it is taken over", attempt.run_id, self._worker)
+                attempt.abandon()
+
+    def _blocked(self, attempt: Attempt) -> bool:
+        loop = attempt.loop
+        if loop is None or loop.is_closed():
+            return False
+        since = self._pinged.get(loop)
+        if since is None:
+            self._pinged[loop] = time.monotonic()
+            loop.call_soon_threadsafe(self._pinged.pop, loop, None)
+            return False
+        return time.monotonic() - since > self._timeout
+
     def _give_back_lost(self) -> None:
         """Give back runs whose attempt was lost to a failing store, once the store answers again."""
         for lost in self._held.all_lost():
@@ -259,7 +280,7 @@ class Watch:
             if head.ended or (head.status == "accepted" and mine):
                 self._runtime.schedule(head)
             # Somebody died between what should end a wait and the wake-up; or this worker is new and has the agent.
-            missed = head.status == "waiting" and (head.signals or head.cancel)
+            missed = head.status == "waiting" and (not head.idle or head.cancel)
             if missed or self._has_turn(head) or (not age and mine and head.status in ("accepted", "running")):
                 self._runtime.wake(head.run_id)
 

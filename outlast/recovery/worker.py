@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import logging
+import math
 import os
 import socket
 import threading
@@ -14,19 +16,25 @@ from typing import TYPE_CHECKING, Any, Final
 from dapr.ext.workflow import DaprWorkflowContext, WorkflowActivityContext, WorkflowRuntime
 from dapr.ext.workflow.logger import LoggerOptions
 
+from outlast.checkpointer.head import Head
 from outlast.checkpointer.registry import ACTIVE, WORKERS
 from outlast.checkpointer.thread import Fence
 from outlast.errors import (
     CorruptRecordError,
     FencedError,
     OutlastError,
+    RunCancelledError,
     RunNotFoundError,
     SidecarUnavailableError,
     StoreError,
     UnknownFormatError,
 )
 from outlast.recovery import runs
-from outlast.recovery.attempt import Attachment, Attempt, Outcome
+from outlast.recovery.attempt import Agent, Attachment, Attempt, AttemptHungError, Outcome
+from outlast.recovery.budget import Account
+from outlast.recovery.ending import again_at, carry_on, deadline
+from outlast.recovery.failures import describe
+from outlast.recovery.journal import Journal
 from outlast.recovery.runs import RunHead
 from outlast.recovery.watch import Holdings, Watch
 from outlast.recovery.workflow import ADVANCE, RUN, Delivery, Next, run_workflow
@@ -148,6 +156,9 @@ class Worker:
         except RunNotFoundError:
             logger.warning("run %s is not in the store any more; its workflow ends", run_id)
             return {"then": "end", "status": "unknown"}
+        except AttemptHungError as error:
+            logger.warning("run %s: %s", run_id, error)
+            return {"then": "again"}
         except FencedError as error:
             logger.warning("run %s: %s: %s", run_id, type(error).__name__, error)
             return {"then": "sleep", "seconds": 1.0}
@@ -190,43 +201,76 @@ class Worker:
             return {"then": "again"}
         if head.running and head.running.delivery != delivery["id"] and self._watch.alive(head):
             return {"then": "sleep", "seconds": 1.0}
-        if head.cancel:
+        idle = self._idle(head, agent)
+        if idle is not None:
+            return idle
+        if head.cancel and not head.compensate:
             return self._end(self._client.run(runs.change(run_id, _cancelled)))
-        if head.status == "waiting" and not head.signals:
-            self._runtime.settled(head)
-            return {"then": "wait"}
         self._watch.beat()
         taken = self._client.run(runs.take_over(head, self.id, delivery["id"]))
         if taken is None:
             head = self._client.run(runs.change(run_id, _queued))
             return self._end(head) if head.ended else {"then": "wait"}
-        head, thread = taken
-        attempt = Attempt(
-            head=head,
-            submitted=self._client.run(runs.read_input(head)),
-            fence=Fence(thread.epoch, thread.owner),
-            client=self._client,
-            attachment=self._runtime.attachment(run_id),
-            publish=self._runtime.publisher(head),
-        )
-        self._held.begun(attempt)
+        attempt = self._begin(agent, *taken)
         try:
-            return self._finish(attempt, self._execute(agent.advance, attempt))
+            return self._finish(agent, attempt, self._execute(functools.partial(carry_on, agent), attempt))
         except _RETRY:
             self._held.lost(attempt.head)
             raise
         finally:
             self._held.over(attempt)
 
-    def _until(self, event: threading.Event) -> None:
+    def _idle(self, head: RunHead, agent: Agent) -> Next | None:
+        """Return what the workflow does if there is nothing to carry on now."""
+        now, end = time.time(), deadline(head, agent)
+        if head.cancel or now >= end:
+            return None
+        if head.idle:
+            self._runtime.settled(head)
+            return {"then": "wait"} if end == math.inf else {"then": "wait", "seconds": end - now}
+        if head.status == "sleeping" and now < head.until:
+            return {"then": "pause", "seconds": min(head.until, end) - now}
+        return None
+
+    def _begin(self, agent: Agent, head: RunHead, thread: Head) -> Attempt:
+        """Open the journal and begin an attempt."""
+        fence = Fence(thread.epoch, thread.owner)
+        journal = Journal(self._client, head.run_id, fence, agent.codec, head.attempts)
+        if head.attempts > 1:
+            self._client.run(journal.take_over())
+        answers = {
+            question: agent.codec.loads_typed(self._client.run(runs.read_typed(head.run_id, name)))
+            for question, name in head.answers.items()
+        }
+        attempt = Attempt(
+            head=head,
+            submitted=self._client.run(runs.read_input(head)),
+            fence=fence,
+            client=self._client,
+            attachment=self._runtime.attachment(head.run_id),
+            publish=self._runtime.publisher(head),
+            journal=journal,
+            policies=agent.policies,
+            budget=agent.budget,
+            account=Account(agent.budget, head.created, journal.records),
+            breakers=self._runtime.breakers,
+            answers=answers,
+        )
+        self._held.begun(attempt)
+        return attempt
+
+    def _until(self, event: threading.Event, attempt: Attempt | None = None) -> None:
         """Wait for `event`.
 
         Raises:
+            FencedError: If `attempt` is given up meanwhile.
             SidecarUnavailableError: If the worker is stopped meanwhile.
         """
         while not event.wait(0.5):
             if self._abandon.is_set():
                 raise SidecarUnavailableError("the worker was stopped in the middle of an attempt")
+            if attempt is not None and attempt.abandoned:
+                raise attempt.given_up()
 
     def _execute(self, advance: Any, attempt: Attempt) -> Outcome:
         """Run the framework on a thread of its own, so that a stop need not wait for the user's code."""
@@ -247,7 +291,7 @@ class Worker:
             attempt.drain()
         logger.info("run %s: attempt %d, epoch %d", attempt.run_id, attempt.head.attempts, attempt.fence.epoch)
         threading.Thread(target=body, name=f"outlast-{attempt.run_id}", daemon=True).start()
-        self._until(done)
+        self._until(done, attempt)
         if failure:
             error = failure[0]
             if isinstance(error, (FencedError, *_RETRY)):
@@ -256,19 +300,35 @@ class Worker:
             return Outcome("failed", error=describe(error), exception=error)
         return outcome[0]
 
-    def _finish(self, attempt: Attempt, outcome: Outcome) -> Next:
+    def _finish(self, agent: Agent, attempt: Attempt, outcome: Outcome) -> Next:
         limit = self._client.capabilities.quirks.max_value
         status: runs.Status = "accepted" if outcome.status == "yielded" else outcome.status
-        if outcome.exception:
+        if isinstance(outcome.exception, RunCancelledError) and attempt.head.cancel:
+            status = "cancelled"
+            outcome = replace(outcome, exception=None)
+        failed = again_at(agent, attempt, outcome) if outcome.status == "failed" else None
+        if failed is not None:
+            status = "sleeping"
+        elif outcome.exception:
             # Before the status can be read: a caller in this process is to get the agent's own exception.
             self._runtime.failing(attempt.run_id, outcome.exception)
-        head = self._client.run(runs.settle(attempt.head, status, limit, result=outcome.result, error=outcome.error))
         if outcome.status == "failed":
+            status = attempt.head.ending[0] if attempt.head.ending else status
+        question = outcome.question and (outcome.question.id, agent.codec.dumps_typed(vars(outcome.question)))
+        head = self._client.run(
+            runs.settle(
+                attempt.head, status, limit, result=outcome.result, error=outcome.error,
+                until=failed or outcome.until or 0.0, question=question or None, retried=failed is not None,
+            )
+        )  # fmt: skip
+        if head.status == "failed":
             logger.warning("run %s failed: %s", head.run_id, ": ".join(outcome.error or ()))
-        if outcome.status == "yielded" or (outcome.status == "waiting" and (head.signals or head.cancel)):
+        if head.status == "accepted" or (head.status == "waiting" and (not head.idle or head.cancel)):
             return {"then": "again"}
+        if head.status == "sleeping":
+            return {"then": "pause", "seconds": max(0.0, head.until - time.time())}
         self._runtime.settled(head)
-        return self._end(head) if head.ended else {"then": "wait"}
+        return self._end(head) if head.ended else self._idle(head, agent) or {"then": "again"}
 
     def _end(self, head: RunHead) -> Next:
         self._runtime.settled(head)
@@ -288,13 +348,6 @@ def _failed(now: RunHead, error: tuple[str, str]) -> RunHead | None:
 
 def _queued(now: RunHead) -> RunHead | None:
     return replace(now, status="queued") if now.status == "accepted" else None
-
-
-def describe(error: BaseException) -> tuple[str, str]:
-    """Return the qualified type name and the message of an exception."""
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return name, str(error)
 
 
 def sdk_logging() -> LoggerOptions:

@@ -40,9 +40,12 @@ class Delivery(TypedDict):
 
 
 class Next(TypedDict):
-    """The activity's result: what the workflow does next."""
+    """The activity's result: what the workflow does next.
 
-    then: Literal["end", "wait", "sleep", "again"]
+    `sleep` is for what ought to be ready by then and backs off where no time is given; `pause` is a time asked for.
+    """
+
+    then: Literal["end", "wait", "sleep", "pause", "again"]
     seconds: NotRequired[float]
     status: NotRequired[str]
 

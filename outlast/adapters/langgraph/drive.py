@@ -15,14 +15,16 @@ from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.errors import ErrorCode, GraphDrained, GraphRecursionError, create_error_message
 from langgraph.pregel import Pregel
 from langgraph.runtime import RunControl
-from langgraph.types import Command, StateSnapshot
+from langgraph.types import Command, Interrupt, StateSnapshot
 
+from outlast.adapters.langgraph.place import RunSaver
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.saver import DaprSaver
 from outlast.errors import FencedError, SidecarUnavailableError, StoreError
 from outlast.recovery.attempt import Attempt, Outcome
+from outlast.recovery.ending import stopped
+from outlast.recovery.failures import describe
 from outlast.recovery.runs import RunHead, Typed, spent
-from outlast.recovery.worker import describe
 
 _NULL_TASK: Final = "00000000-0000-0000-0000-000000000000"
 _INTERRUPT: Final = "__interrupt__"
@@ -104,7 +106,7 @@ class Drive:
         self._answer_given = answer
         self._first_step = -2
         self._left: int | None = None
-        self.saver = saver.fenced(attempt.fence, self._committed)
+        self.saver = RunSaver(saver, attempt, self._committed)
         self.graph = graph.copy({"checkpointer": self.saver})
 
     def _committed(self, entries: Sequence[Entry]) -> None:
@@ -121,7 +123,29 @@ class Drive:
         return {"configurable": {"thread_id": self.attempt.thread_id}}
 
     def steps(self) -> Steps[Outcome]:
-        """Carry the run on until it ends, waits or drains."""
+        """Carry the run on until it ends, waits, sleeps or drains."""
+        try:
+            outcome = yield from self._ended()
+        except BaseException:
+            # What user code made of the unwinding does not matter.
+            if self.attempt.stop is None and not self.attempt.abandoned:
+                raise
+        else:
+            if self.attempt.stop is None and not self.attempt.abandoned:
+                return outcome
+        return (yield from self._stopped())
+
+    def _stopped(self) -> Steps[Outcome]:
+        """The attempt was stopped in the middle of a step."""
+        stop = self.attempt.stop
+        if stop is None or stop.question is None:
+            return stopped(self.attempt, None)
+        state = yield State()
+        values = state.values if isinstance(state.values, dict) else {}
+        asked = Interrupt(value=vars(stop.question), id=stop.question.id)
+        return stopped(self.attempt, self._dumps({**values, _INTERRUPT: [asked]}))
+
+    def _ended(self) -> Steps[Outcome]:
         try:
             return (yield from self._steps())
         except GraphDrained:

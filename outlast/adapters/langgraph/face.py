@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import functools
 import queue
-import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final, Literal, cast
 
@@ -16,6 +15,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.pregel import Pregel
 from langgraph.types import Command
 
+from outlast.adapters import langchain, loops
 from outlast.adapters.langgraph import mends, payload, streams
 from outlast.adapters.langgraph.drive import (
     Call,
@@ -29,9 +29,12 @@ from outlast.adapters.langgraph.drive import (
 from outlast.checkpointer.saver import DaprSaver
 from outlast.checkpointer.thread import ThreadLog
 from outlast.errors import RunNotFoundError, RunStateError
-from outlast.recovery import runs
+from outlast.recovery import runs, steps
+from outlast.recovery.answers import Answer, give_answer
 from outlast.recovery.attempt import Attachment, Attempt, Outcome
+from outlast.recovery.budget import Budget
 from outlast.recovery.handle import RunHandle
+from outlast.recovery.policy import Policies
 from outlast.recovery.runs import RunHead, RunInput, Typed
 from outlast.recovery.runtime import Runtime
 
@@ -52,6 +55,8 @@ class DurableGraph(Runnable[Any, Any]):
         serde: Serialises state; LangGraph's if not given.
         if_busy: What a submission does if its thread has an unfinished run: wait for its turn, or raise
             ThreadBusyError. A run that waits for an answer gives way to a new one, as in LangGraph.
+        policies: What to do when model calls, tool calls, marked functions and runs fail.
+        budget: What a run may spend.
 
     Raises:
         DuplicateAgentError: If another agent of this process has the name.
@@ -65,13 +70,18 @@ class DurableGraph(Runnable[Any, Any]):
         *,
         serde: SerializerProtocol | None = None,
         if_busy: IfBusy = "queue",
+        policies: Policies | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.name: str = name
         self._graph = graph
         self._runtime = runtime
         self._given_serde = serde
         self._if_busy = if_busy
+        self.policies = policies or Policies()
+        self.budget = budget or Budget()
         mends.apply()
+        langchain.activate()
         runtime.register(self, self._is_same)
 
     def __repr__(self) -> str:
@@ -93,6 +103,11 @@ class DurableGraph(Runnable[Any, Any]):
     def _bound(self) -> Pregel[Any, Any, Any, Any]:
         """The graph on the state store, for everything that is not a run."""
         return self._graph.copy({"checkpointer": self._saver})
+
+    @property
+    def codec(self) -> SerializerProtocol:
+        """Serialises the results of steps. For the controller."""
+        return self._serde
 
     @property
     def _serde(self) -> SerializerProtocol:
@@ -271,7 +286,7 @@ class DurableGraph(Runnable[Any, Any]):
         return self._handle(run_id)
 
     def _handle(self, run_id: str, attachment: Attachment | None = None) -> RunHandle[Any]:
-        return RunHandle(self._runtime, run_id, self._serde.loads_typed, self._give_answer, attachment)
+        return RunHandle(self._runtime, run_id, self._serde, self._give_answer, attachment)
 
     def _begin(
         self,
@@ -337,8 +352,16 @@ class DurableGraph(Runnable[Any, Any]):
 
     def _give(self, run_id: str, value: Any, record: Typed) -> None:
         resume = value.resume if isinstance(value, Command) else value
+        if isinstance(resume, Answer):
+            give_answer(self._runtime, self._serde, run_id, resume)
+            return
         addressed = is_answer_by_id(resume)
         head = self._runtime.client.run(runs.read(run_id))
+        if head.question:
+            raise RunStateError(
+                f"run {run_id!r} waits for an answer to a question of outlast: give it with "
+                "handle.answer(done(...) | again() | fail() | allow(...)), or `outlast answer`"
+            )
         if head.status == "waiting" and resume is not None and not addressed:
             asked = self._bound.get_state({"configurable": {"thread_id": head.thread_id}}).interrupts
             if len(asked) > 1:
@@ -355,11 +378,11 @@ class DurableGraph(Runnable[Any, Any]):
         submitted, answer = self._in_force(attempt)
         config = self._config(attempt, submitted)
         drive = Drive(self._graph, attempt, submitted, config, self._saver, self._dumps, answer)
+        # In this thread's context, which LangGraph and asyncio hand on to all that runs in it.
+        steps.enter(attempt, drive.saver.locate)
         if submitted["mode"] == "sync":
             return self._run(drive, drive.steps())
-        loop = attempt.attachment.loop if attempt.attachment else None
-        if loop is None or not loop.is_running():
-            loop = _background_loop()
+        loop = attempt.loop = loops.choose(attempt.attachment.loop if attempt.attachment else None)
         try:
             return asyncio.run_coroutine_threadsafe(self._arun(drive, drive.steps()), loop).result()
         except (concurrent.futures.CancelledError, asyncio.CancelledError):
@@ -388,17 +411,17 @@ class DurableGraph(Runnable[Any, Any]):
         config["metadata"] = {**config.get("metadata", {}), "run_id": attempt.run_id}
         return cast(RunnableConfig, config)
 
-    def _run(self, drive: Drive, steps: Any) -> Outcome:
-        """Carry `steps` out with the graph's sync methods."""
+    def _run(self, drive: Drive, todo: Any) -> Outcome:
+        """Carry `todo` out with the graph's sync methods."""
         try:
-            call: Call = next(steps)
+            call: Call = next(todo)
             while True:
                 try:
                     result = self._perform(drive, call)
-                except Exception as error:
-                    call = steps.throw(error)
+                except (Exception, steps.AttemptStopped) as error:
+                    call = todo.throw(error)
                 else:
-                    call = steps.send(result)
+                    call = todo.send(result)
         except StopIteration as stop:
             return cast(Outcome, stop.value)
 
@@ -419,17 +442,17 @@ class DurableGraph(Runnable[Any, Any]):
             case Note():
                 return client.run(_noted(drive, call))
 
-    async def _arun(self, drive: Drive, steps: Any) -> Outcome:
-        """Carry `steps` out with the graph's async methods."""
+    async def _arun(self, drive: Drive, todo: Any) -> Outcome:
+        """Carry `todo` out with the graph's async methods."""
         try:
-            call: Call = next(steps)
+            call: Call = next(todo)
             while True:
                 try:
                     result = await self._aperform(drive, call)
-                except Exception as error:
-                    call = steps.throw(error)
+                except (Exception, steps.AttemptStopped) as error:
+                    call = todo.throw(error)
                 else:
-                    call = steps.send(result)
+                    call = todo.send(result)
         except StopIteration as stop:
             return cast(Outcome, stop.value)
 
@@ -488,26 +511,6 @@ def _configured(agent: DurableGraph, graph: Pregel[Any, Any, Any, Any]) -> Durab
     clone._runtime = agent._runtime
     clone._given_serde = agent._given_serde
     clone._if_busy = agent._if_busy
+    clone.policies = agent.policies
+    clone.budget = agent.budget
     return clone
-
-
-_LOOP: asyncio.AbstractEventLoop | None = None
-_LOOP_LOCK = threading.Lock()
-
-
-def _background_loop() -> asyncio.AbstractEventLoop:
-    """Return the loop of async runs whose submitter is not here."""
-    global _LOOP
-    with _LOOP_LOCK:
-        if _LOOP is None or not _LOOP.is_running():
-            loop = asyncio.new_event_loop()
-            ready = threading.Event()
-
-            def serve() -> None:
-                loop.call_soon(ready.set)
-                loop.run_forever()
-
-            threading.Thread(target=serve, name="outlast-loop", daemon=True).start()
-            ready.wait()
-            _LOOP = loop
-        return _LOOP
