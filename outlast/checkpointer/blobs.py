@@ -70,8 +70,10 @@ class PackWriter:
     def finish(self, limit: int) -> list[tuple[str, bytes]]:
         """Return the records of this commit, none with a value longer than `limit` bytes."""
         body = _renamed({"b": self.table, "c": self.checkpoints, "w": self.writes}, self.name, "")
-        whole = [*self._large, (f"{self.key}-{self.name}", records.encode(records.PACK, body))]
-        return [part for key, data in whole for part in records.split(key, data, limit)]
+        whole = [(f"{self.key}-{self.name}", records.encode(records.PACK, body)), *self._large]
+        parts = [part for key, data in whole for part in records.split(key, data, limit)]
+        # What names others comes before them.
+        return sorted(parts, key=lambda part: records.depth(part[0]))
 
 
 class PackReader:

@@ -101,6 +101,13 @@ class Swap:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """Tell, without asking the store, whether a swap would be carried out whole or not at all. The result is a bool."""
+
+    swap: Swap
+
+
+@dataclass(frozen=True)
 class Delete:
     """Remove `keys`, whether they are there or not. The result is None."""
 
@@ -114,7 +121,7 @@ class Pause:
     seconds: float
 
 
-Operation = Get | Save | Create | Swap | Delete | Pause
+Operation = Get | Save | Create | Swap | Whole | Delete | Pause
 Steps = Generator[Operation, Any, T]
 """A rule, written sans I/O: yields operations, is sent their results, returns a `T`."""
 
@@ -294,6 +301,8 @@ class StateClient:
             case Swap():
                 self._refuse_too_large([*operation.records, (operation.key, operation.value)])
                 return (yield from self._swap(operation))
+            case Whole():
+                return self.capabilities.quirks.whole and self._in_one(operation.swap)
             case Delete():
                 for start in range(0, len(operation.keys), 100):
                     yield from self._delete(operation.keys[start : start + 100])
@@ -372,12 +381,16 @@ class StateClient:
         metadata = {"ttlInSeconds": str(max(ttl, capabilities.quirks.min_ttl))} if ttl and capabilities.ttl else {}
         batch: list[Any] = []
         size = 0
+        depth = 0
         for key, value in pairs:
             data = self._stored(value)
-            # Small batches: a bulk save is not atomic and some components run it unbounded in parallel.
-            if batch and (len(batch) >= _BULK or size + len(data) > quirks.MAX_MESSAGE - 500_000):
+            # Small batches: a bulk save is not atomic and some components run it unbounded in parallel. What names
+            # other records is there before them, so that they can be found if this is cut short.
+            full = len(batch) >= _BULK or size + len(data) > quirks.MAX_MESSAGE - 500_000
+            if batch and (full or records.depth(key) != depth):
                 yield from self._save_batch(batch)
                 batch, size = [], 0
+            depth = records.depth(key)
             batch.append(common_v1.StateItem(key=key, value=data, metadata=metadata))
             size += len(data)
         if batch:
@@ -433,7 +446,6 @@ class StateClient:
 
     def _swap(self, operation: Swap) -> _Calls[bool]:
         capabilities = self.capabilities
-        known = capabilities.quirks
         value = self._stored(operation.value)
         if not capabilities.etags:
             if (yield from self._get_one(operation.key)).etag != operation.etag:
@@ -443,9 +455,7 @@ class StateClient:
             return True
         head = _conditional(operation.key, value, operation.etag)
         pairs = operation.records
-        size = sum(len(data) for _, data in pairs) * (4 if known.text else 3) // 3 + len(value)
-        fits = size < known.max_transaction and len(pairs) < known.max_operations
-        if not (pairs and fits and capabilities.transactional):
+        if not (pairs and self._in_one(operation)):
             yield from self._save(pairs)
             return self._settled((yield "SaveState", self._save_request([head])))
         items = [_plain(key, self._stored(data)) for key, data in pairs]
@@ -460,6 +470,15 @@ class StateClient:
             ),
         )
         return self._settled(reply)
+
+    def _in_one(self, swap: Swap) -> bool:
+        """Tell whether a swap goes out as one transaction."""
+        capabilities = self.capabilities
+        known = capabilities.quirks
+        if not (capabilities.etags and capabilities.transactional):
+            return False
+        size = sum(len(data) for _, data in swap.records) * (4 if known.text else 3) // 3 + len(swap.value)
+        return size < known.max_transaction and len(swap.records) < known.max_operations
 
     def _settled(self, reply: Any) -> bool:
         """Tell whether a conditional write went through; components differ in how they say that it did not."""

@@ -8,7 +8,7 @@ writes) is entered again; the newest entry of a checkpoint counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -20,7 +20,13 @@ from outlast.checkpointer.life import Life
 _PAGE: Final = 32
 _FOLD: Final = 16
 """Names of writes an entry holds at most; more are folded into a record, so that heads and pages stay small."""
-_FOLDED: Final = "-w"
+_FOLDED, _SEALED, _LINKS, _WRITERS = "-w", "-p", "-q", "-a"
+SUFFIXES: Final = ("", _FOLDED, _SEALED, _LINKS, _WRITERS)
+"""What follows the name of a record that a head names, after the number: by kind."""
+_AT_ONCE: Final = 16
+"""Writers that a head holds."""
+_AHEAD: Final = 8
+"""Numbers a writer is given beyond those it asks for, so that it seldom has to ask."""
 _RECENT: Final = 16
 
 
@@ -51,7 +57,9 @@ class Entry:
 
     def merged(self, newer: Entry) -> Entry:
         """Return this entry with what `newer` adds to it."""
-        extra = tuple(name for name in newer.writes if name not in self.writes)
+        # A pack that is replaced stays known, so that it goes when the thread does.
+        replaced = (self.pack,) if newer.pack and self.pack else ()
+        extra = tuple(name for name in dict.fromkeys((*replaced, *newer.writes)) if name not in self.writes)
         return Entry(self.ns, self.checkpoint_id, newer.pack or self.pack, self.writes + extra)
 
 
@@ -80,6 +88,9 @@ class Head:
         generation: How often the thread was rewritten; what was prepared before a rewrite must not be committed after.
         garbage: Name of a record with an earlier head, whose records are to be deleted where this head does not reach.
         life: How long the thread lives; None for ever.
+        writers: Who writes records outside of a transaction with the head, so that those of one that dies before its
+            commit can be found: the writer, and the number that its records do not reach.
+        earlier: Name of a page with writers of before.
     """
 
     thread_id: str
@@ -97,6 +108,8 @@ class Head:
     garbage: str = ""
     deleted: bool = False
     life: Life | None = None
+    writers: tuple[tuple[str, int], ...] = ()
+    earlier: str = ""
 
     def encode(self) -> bytes:
         """Return the record of this head."""
@@ -118,6 +131,8 @@ class Head:
                 "g": self.garbage,
                 "d": self.deleted,
                 "l": self.life.body() if self.life else None,
+                "w": [list(writer) for writer in self.writers],
+                "y": self.earlier,
             },
         )
 
@@ -145,12 +160,14 @@ class Head:
             garbage=body["g"],
             deleted=body["d"],
             life=Life(*body["l"]) if body.get("l") else None,
+            writers=tuple((writer, number) for writer, number in body.get("w", ())),
+            earlier=body.get("y", ""),
         )
 
     @property
     def empty(self) -> bool:
         """Whether the index reaches nothing."""
-        return not (self.root or self.open or self.pages or self.chain or self.garbage)
+        return not (self.root or self.open or self.pages or self.chain or self.garbage or self.earlier)
 
     @property
     def expired(self) -> bool:
@@ -158,6 +175,18 @@ class Head:
         until = self.life.until if self.life else None
         held = self.active or self.queue
         return until is not None and not held and not self.deleted and lives.now() >= until
+
+    def announces(self, needed: Mapping[str, int]) -> bool:
+        """Tell whether `writers` has these, with numbers as high as these."""
+        known = dict(self.writers)
+        return all(number <= known.get(writer, 0) for writer, number in needed.items())
+
+    def announcing(self, needed: Mapping[str, int]) -> Head:
+        """Return this head with these writers, of records that are about to be written."""
+        known = dict(self.writers)
+        others = tuple(pair for pair in self.writers if pair[0] not in needed)
+        mine = tuple((writer, max(number + _AHEAD, known.get(writer, 0))) for writer, number in needed.items())
+        return replace(self, writers=(*others, *mine))
 
     def committed(self, commit_id: str) -> Head:
         """Return this head marked as the outcome of `commit_id`."""
@@ -183,7 +212,7 @@ class Index:
         for name in missing:
             key = f"{self.key}-{name}"
             if lenient and key not in found:
-                self._pages[name] = {"x": [], "p": [], "c": "", "w": []}
+                self._pages[name] = {"x": [], "p": [], "c": "", "w": [], "a": []}
             else:
                 self._pages[name] = records.decode(key, records.PAGE, found.get(key, b""))
 
@@ -260,11 +289,35 @@ class Index:
             unfolded.append((yield from self._unfolded(entry, lenient)))
         return unfolded
 
-    def extend(self, head: Head, changes: Iterable[Entry], name: str) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
+    def make_room(self, head: Head, fresh: Callable[[], str]) -> tuple[Head, list[tuple[str, bytes]]]:
+        """Return `head` with a bounded number of writers, and the record that the others have been moved to."""
+        if len(head.writers) <= _AT_ONCE:
+            return head, []
+        name = f"{fresh()}{_WRITERS}"
+        body = {"a": [list(pair) for pair in head.writers[: -_AT_ONCE // 2]], "c": head.earlier}
+        page = (f"{self.key}-{name}", records.encode(records.PAGE, body))
+        return replace(head, writers=head.writers[-_AT_ONCE // 2 :], earlier=name), [page]
+
+    def writers(self, head: Head, lenient: bool = False) -> Steps[dict[str, int]]:
+        """Return all writers that were ever announced, and the numbers that their records do not reach."""
+        found: dict[str, int] = {}
+        pairs: Iterable[tuple[str, int]] = head.writers
+        earlier = head.earlier
+        while True:
+            for writer, number in pairs:
+                found[writer] = max(number, found.get(writer, 0))
+            if not earlier:
+                return found
+            yield from self._bodies([earlier], lenient)
+            pairs, earlier = self._pages[earlier]["a"], self._pages[earlier]["c"]
+
+    def extend(
+        self, head: Head, changes: Iterable[Entry], fresh: Callable[[], str]
+    ) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
         """Return `head` with `changes` entered, and the records of the pages that this sealed.
 
         Args:
-            name: A record name not used before; pages are named after it.
+            fresh: Returns a record name not used before.
         """
         entries = list(head.open)
         root, newest = head.root, head.newest
@@ -274,8 +327,8 @@ class Index:
                 entry = entries[position] = entries[position].merged(change)
             else:
                 # Checkpoint ids grow with time, so one above all others cannot be in a sealed page.
-                fresh = change.checkpoint_id > newest
-                old = None if fresh else (yield from self.find(head, change.ns, change.checkpoint_id))
+                newer = change.checkpoint_id > newest
+                old = None if newer else (yield from self.find(head, change.ns, change.checkpoint_id))
                 entry = old.merged(change) if old else change
                 entries.append(entry)
             if not entry.ns and entry.pack and (root is None or entry.checkpoint_id >= root.checkpoint_id):
@@ -285,22 +338,30 @@ class Index:
         sealed: list[tuple[str, bytes]] = []
         for place, entry in enumerate(entries):
             if len(entry.writes) > _FOLD:
-                folded = f"{name}{_FOLDED}{place}"
+                folded = f"{fresh()}{_FOLDED}"
                 sealed.append((f"{self.key}-{folded}", records.encode(records.PAGE, {"w": list(entry.writes)})))
                 entries[place] = replace(entry, writes=(folded,))
                 root = entries[place] if entry is root else root
         if len(entries) >= _PAGE:
             ids = [entry.checkpoint_id for entry in entries]
-            pages.append(PageRef(f"{name}-p", min(ids), max(ids)))
+            name = f"{fresh()}{_SEALED}"
+            pages.append(PageRef(name, min(ids), max(ids)))
             body = {"x": [entry.body() for entry in entries]}
-            sealed.append((f"{self.key}-{name}-p", records.encode(records.PAGE, body)))
+            sealed.append((f"{self.key}-{name}", records.encode(records.PAGE, body)))
             entries = []
         if len(pages) >= _PAGE:
             links = {"p": [[ref.name, ref.first, ref.last] for ref in pages], "c": chain}
-            sealed.append((f"{self.key}-{name}-q", records.encode(records.PAGE, links)))
-            pages, chain = [], f"{name}-q"
+            chain = f"{fresh()}{_LINKS}"
+            sealed.append((f"{self.key}-{chain}", records.encode(records.PAGE, links)))
+            pages = []
         extended = replace(head, root=root, newest=newest, open=tuple(entries), pages=tuple(pages), chain=chain)
         return extended, sealed
+
+
+def parts(name: str) -> tuple[str, int]:
+    """Return the writer and the number in the name of a record."""
+    writer, number, *_ = name.split("-")
+    return writer, int(number)
 
 
 def _position(entries: list[Entry], wanted: Entry) -> int | None:

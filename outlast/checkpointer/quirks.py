@@ -32,6 +32,7 @@ class Quirks:
         max_stored: Bytes of the largest value as it is stored, that is after `text`.
         text: Whether values must be ASCII text: they are stored as base64 then.
         transactions: Whether records and head go out as one transaction, where the component reports transactions.
+        whole: Whether of a transaction that is refused nothing is applied.
         max_operations: Operations of the largest transaction.
         max_transaction: Bytes of the largest transaction.
         ttl: Whether a TTL is kept, where the component reports it.
@@ -48,6 +49,7 @@ class Quirks:
     max_stored: int = 1_000_000
     text: bool = False
     transactions: bool = True
+    whole: bool = True
     max_operations: int = 1000
     max_transaction: int = 3_500_000
     ttl: bool = True
@@ -83,7 +85,9 @@ TABLE: Final[dict[str, Quirks]] = {
     "state.mysql": Quirks(why="keys that differ in case, accents or trailing spaces are one key; outlast's do not"),
     # A refused ETag leaves the other operations of a transaction applied, a put-if-absent inside one protects nothing,
     # and ETags begin again after a delete.
-    "state.redis": Quirks(why="a refused transaction is applied all but its head: such records are never reached"),
+    "state.redis": Quirks(
+        whole=False, why="a refused transaction is applied all but its head: such records are never reached"
+    ),
     # It reports transactions even where it is no replica set, and then each one fails.
     "state.mongodb": Quirks(transactions=False, why="transactions need a replica set, which it does not report"),
     "state.aws.dynamodb": Quirks(

@@ -5,6 +5,7 @@ A kind in lower case says that the body is compressed. Ids and names recur so of
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
@@ -124,16 +125,28 @@ def build(key: str, make: Callable[[], T]) -> T:
         ) from error
 
 
+_BELOW: Final = re.compile(r"(-b\d+)?(-c\d+)?$")
+
+
+def depth(key: str) -> int:
+    """Return how far below a record that a head names the one at `key` is: 0 it is one; chunks, blobs, their chunks."""
+    found = _BELOW.search(key)
+    return 2 * bool(found[1]) + bool(found[2]) if found else 0
+
+
 def split(key: str, data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
-    """Yield `data` as the key-value pairs it is stored in, none with a value longer than `limit` bytes."""
+    """Yield `data` as the key-value pairs it is stored in, none with a value longer than `limit` bytes.
+
+    The first one names the others.
+    """
     if len(data) <= limit:
         yield key, data
         return
     room = limit - _HEADER
     count = -(-len(data) // room)
+    yield key, _seal(CHUNKS, ormsgpack.packb([count, len(data)]))
     for number in range(count):
         yield f"{key}-c{number}", _seal(CHUNK, data[number * room : (number + 1) * room])
-    yield key, _seal(CHUNKS, ormsgpack.packb([count, len(data)]))
 
 
 def chunk_keys(key: str, data: bytes) -> list[str]:

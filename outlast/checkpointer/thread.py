@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from outlast.checkpointer import keys, records
 from outlast.checkpointer import life as lives
-from outlast.checkpointer.client import Create, Delete, Get, Item, Pause, Steps, Swap
-from outlast.checkpointer.head import Entry, Head, Index
+from outlast.checkpointer.client import Create, Delete, Get, Item, Pause, Steps, Swap, Whole
+from outlast.checkpointer.head import Entry, Head, Index, parts
+from outlast.checkpointer.leftovers import unreached
 from outlast.checkpointer.registry import THREADS
 from outlast.errors import CorruptRecordError, FencedError, OutlastError, StoreError
 
@@ -152,7 +153,7 @@ class ThreadLog:
         def enter(head: Head) -> Steps[tuple[Head, list[tuple[str, bytes]]]]:
             if generation is not None and head.generation != generation:
                 raise RewrittenError(f"thread {self.thread_id!r} was rewritten")
-            return (yield from self.index.extend(head, entries, self.names.next()))
+            return (yield from self.index.extend(head, entries, self.names.next))
 
         yield from self._swap(enter, pack, name, wish)
 
@@ -185,7 +186,20 @@ class ThreadLog:
             changed, pages = entered
             life = (wish or self._wish)(changed.life)
             changed = replace(changed, life=life and life.renewed()).committed(name)
-            if (yield Swap(self.key, changed.encode(), self._etag, [*pack, *pages])):
+            if pack:
+                changed, room = self.index.make_room(changed, self.names.next)
+                pages = [*pages, *room]
+            swap = Swap(self.key, changed.encode(), self._etag, [*pack, *pages])
+            if swap.records and not (yield Whole(swap)):
+                writers = self._writers(swap.records)
+                if not head.announces(writers):
+                    # Before anything is written that would not be found if this writer died.
+                    yield Swap(self.key, head.announcing(writers).encode(), self._etag)
+                    self.forget()
+                    continue
+                changed = changed.announcing(writers)
+                swap = replace(swap, value=changed.encode())
+            if (yield swap):
                 self._head, self._etag = changed, ""
                 return changed
             self.forget()
@@ -195,6 +209,27 @@ class ThreadLog:
             f"thread {self.thread_id!r} could not be committed to in {_TRIES} tries; "
             "is the store's optimistic locking sound?"
         )
+
+    def _writers(self, written: Sequence[tuple[str, bytes]]) -> dict[str, int]:
+        """Return the writers of these records, and the numbers that they do not reach."""
+        needed: dict[str, int] = {}
+        for key, _ in written:
+            if not records.depth(key):
+                writer, number = parts(key.removeprefix(f"{self.key}-"))
+                needed[writer] = max(number + 1, needed.get(writer, 0))
+        return needed
+
+    def announce(self, seen: Head, count: int) -> Steps[Head | None]:
+        """Announce that the next `count` records of this log may be there before a head names them.
+
+        Returns:
+            The head that `seen` has become; None if somebody else has changed it since it was read, as the last thing.
+        """
+        writer, number = parts(self.names.next())
+        announced = seen.announcing({writer: number + count})
+        done = yield Swap(self.key, announced.encode(), self._etag)
+        self.forget()
+        return announced if done else None
 
     def replace_index(self, seen: Head, entries: Sequence[Entry]) -> Steps[bool]:
         """Let the thread consist of `entries`, if its head still is `seen`; else return False and change nothing.
@@ -208,7 +243,7 @@ class ThreadLog:
         rebuilt = replace(seen, root=None, newest="", open=(), pages=(), chain="", generation=seen.generation + 1)
         written: list[tuple[str, bytes]] = []
         for start in range(0, len(entries), 16):
-            rebuilt, pages = yield from self.index.extend(rebuilt, entries[start : start + 16], names.next())
+            rebuilt, pages = yield from self.index.extend(rebuilt, entries[start : start + 16], names.next)
             written += pages
         garbage = names.next()
         written.append((f"{self.key}-{garbage}", seen.encode()))
@@ -258,17 +293,25 @@ class ThreadLog:
         else:
             raise StoreError(f"thread {self.thread_id!r} could not be marked as deleted")
         doomed = yield from self._records(head)
-        yield Delete(doomed)
-        emptied = Head(self.thread_id, epoch=head.epoch, generation=head.generation, deleted=True)
+        left = yield from unreached(self.key, (yield from Index(self.key).writers(head, lenient=True)), set(doomed))
+        yield Delete([*left, *doomed])
+        # Of those that wrote last, one may be about to write.
+        emptied = Head(self.thread_id, head.epoch, generation=head.generation, deleted=True, writers=head.writers)
         yield Swap(self.key, emptied.committed(self.names.next()).encode(), self._etag)
         self.forget()
         self.index = Index(self.key)
         return True
 
+    def leftovers(self, head: Head) -> Steps[list[str]]:
+        """Return the keys of records that are there and that `head` does not reach."""
+        reached = set((yield from self._records(head)))
+        return (yield from unreached(self.key, (yield from self.index.writers(head)), reached))
+
     def _records(self, head: Head) -> Steps[list[str]]:
         """Return the keys of all records that `head` reaches, those already gone among them."""
         reader = Index(self.key)
         entries = yield from reader.versions(head, lenient=True)
+        yield from reader.writers(head, lenient=True)
         names = dict.fromkeys(name for entry in entries for name in (entry.pack, *entry.writes) if name)
         doomed: list[str] = []
         if head.garbage:

@@ -19,6 +19,8 @@ logger = logging.getLogger("outlast.store")
 
 _BATCH: Final = 20
 _HEADS: Final = 100
+_SPARE: Final = 8
+"""Records of a rewrite that are not for single checkpoints."""
 _TRIES: Final = 20
 
 Loads = Callable[[Typed], Any]
@@ -163,6 +165,9 @@ def _rewrite(
         kept = list(reversed((yield from keep(head, entries))))
         if len(kept) == len(entries):
             return
+        head = yield from log.announce(head, 2 * len(kept) + _SPARE)
+        if head is None:
+            continue
         copied: dict[tuple[str, int], Locator] = {}
         moved: list[Entry] = []
         for start in range(0, len(kept), _BATCH):

@@ -6,7 +6,7 @@ after the thread's generation has been raised, which makes every commit prepared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -20,8 +20,6 @@ from outlast.errors import CorruptRecordError, OutlastError, RunNotFoundError, U
 from outlast.recovery import runs
 
 _BATCH: Final = 20
-_AHEAD: Final = 16
-"""Names of a writer looked at beyond its last one that is in the index."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,8 @@ class _Repair:
                 if not head.empty:
                     yield from self._do(log.delete())
                     self.note("deletion cut short", thread_id, "records were left behind a deleted thread", True)
+                else:
+                    yield from self._orphans(thread_id)
                 return
             if head.expired:
                 yield from self._do(log.delete(expired=True))
@@ -180,29 +180,21 @@ class _Repair:
         return True
 
     def _orphans(self, thread_id: str) -> Steps[None]:
-        """Delete records that no head reaches, of writers that the index knows.
-
-        Dapr cannot list keys, so those of a writer that never committed anything cannot be found.
-        """
+        """Delete records that no head reaches."""
         log = ThreadLog(thread_id)
-        head = yield from log.read()
+        head = yield from log._load()
         if head is None:
             return
-        candidates = yield from _unreached(log, head)
-        if not candidates:
-            return
-        if not self._dry_run:
-            # Every commit prepared before this is prepared anew, under another name.
-            yield from log.change(lambda now: replace(now, generation=now.generation + 1))
-            log = ThreadLog(thread_id)
-            head = yield from log.read()
-            if head is None:
-                return
+        found = yield from log.leftovers(head)
+        if found and not self._dry_run:
+            if not head.deleted:
+                # Every commit prepared before this is prepared anew, under another name.
+                head = yield from log.change(lambda now: replace(now, generation=now.generation + 1))
             reached = set((yield from log._records(head)))
-            candidates = [key for key in candidates if key not in reached]
-            yield Delete(candidates)
-        if candidates:
-            detail = f"{len(candidates)} records that no head reaches, such as {candidates[0]}"
+            found = [key for key in found if key not in reached]
+            yield Delete(found)
+        if found:
+            detail = f"{len(found)} records that no head reaches, such as {found[-1]}"
             self.note("orphans", thread_id, detail, True)
 
     # --- runs
@@ -286,80 +278,6 @@ def _trouble(key: str, entries: Sequence[Entry]) -> Steps[str]:
     except (CorruptRecordError, UnknownFormatError) as error:
         return str(error)
     return ""
-
-
-def _unreached(log: ThreadLog, head: Head) -> Steps[list[str]]:
-    """Return the keys of records that are there, by writers in the index, and that `head` does not reach."""
-    entries = yield from log.index.versions(head)
-    reached = set((yield from log._records(head)))
-    highest: dict[str, int] = {}
-    names = [name for entry in entries for name in (entry.pack, *entry.writes) if name]
-    for name in (*names, *head.recent, *log.index.sealed()):
-        writer, number = _parts(name)
-        if writer:
-            highest[writer] = max(highest.get(writer, 0), number)
-    found: list[str] = []
-    for batch in _batches(log.key, highest, reached):
-        items: dict[str, Item] = yield Get(batch)
-        present = [key for key, item in items.items() if item.data]
-        found += present
-        for key in present:
-            # Blobs and chunks have numbers; they were written before what names them.
-            for suffix in ("-b", "-c") if key.endswith(("-b0", "-c0")) else ():
-                if key.endswith(f"{suffix}0"):
-                    found += yield from _series(key.removesuffix("0"), reached)
-            found += [name for name in records.chunk_keys(key, items[key].data) if name not in reached]
-            found += yield from _blobs_of(log.key, key, items[key].data, reached)
-    return list(dict.fromkeys(found))
-
-
-def _series(stem: str, reached: set[str]) -> Steps[list[str]]:
-    found: list[str] = []
-    number = 1
-    while True:
-        batch = [f"{stem}{n}" for n in range(number, number + 20)]
-        items: dict[str, Item] = yield Get(batch)
-        here = [key for key in batch if items[key].data and key not in reached]
-        found += here
-        if not here:
-            return found
-        number += 20
-
-
-def _blobs_of(thread: str, key: str, data: bytes, reached: set[str]) -> Steps[list[str]]:
-    try:
-        body = records.decode(key, records.PACK, data)
-        large = [f"{thread}-{row[2]}" for row in body["b"] if row[1] is None]
-    except (OutlastError, KeyError, IndexError, TypeError):
-        return []
-    found: list[str] = []
-    items: dict[str, Item] = (yield Get(large)) if large else {}
-    for name, item in items.items():
-        if item.data and name not in reached:
-            found += [*records.chunk_keys(name, item.data), name]
-    return found
-
-
-def _batches(key: str, highest: dict[str, int], reached: set[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for writer, last in highest.items():
-        for number in range(last + _AHEAD):
-            for suffix in ("", "-p", "-q", "-b0", "-c0"):
-                name = f"{key}-{writer}-{number}{suffix}"
-                if name not in reached:
-                    batch.append(name)
-            if len(batch) >= 100:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _parts(name: str) -> tuple[str, int]:
-    pieces = name.split("-")
-    if len(pieces) < 2 or not pieces[1].isdigit() or "/" in name:
-        return "", 0
-    return pieces[0], int(pieces[1])
 
 
 def _run(run_id: str) -> Steps[runs.RunHead | None]:

@@ -171,6 +171,9 @@ def test_orphans(client: StateClient, saver: DaprSaver) -> None:
     entry = client.run(log.index.entries(head))[0]
     # A commit that becomes visible, and then one of the same writer that does not.
     client.run(log.commit([replace(entry, pack="", writes=())], pack.finish(1_000_000), pack.name))
+    head = client.run(log.read())
+    assert head is not None
+    client.run(log.announce(head, 8))
     lost = PackWriter(log.key, log.names.next())
     lost.add(("bytes", b"y" * 3_000_000))
     lost.add(("bytes", b"z" * 50_000))
