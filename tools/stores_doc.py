@@ -25,7 +25,7 @@ class Kind:
     Attributes:
         test: Its name in the results of tests/stores; empty if it has no fixture.
         claims: Whether it reports ETags.
-        settings: Its metadata, for the ready YAML.
+        settings: Its metadata, for the ready YAML; without any there is no component to write.
         notes: What to set and to know.
     """
 
@@ -43,6 +43,7 @@ ACTORS = ("actorStateStore", "true")
 PG = "host=localhost user=postgres password=secret database=dapr"
 
 KINDS = (
+    Kind("Embedded sidecar", "state.sqlite", test="embedded"),
     Kind("In-memory", "state.in-memory", test="in-memory", settings=(ACTORS,), notes="Gone with daprd: for tests."),
     Kind(
         "SQLite",
@@ -211,28 +212,53 @@ def size(count: int) -> str:
     return f"{count // 1000} KB" if count < 1_000_000 else f"{count / 1_000_000:g} MB"
 
 
-def page() -> str:
-    """Return docs/stores.md."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text())
+INTRODUCTION = f"""\
+# State stores
+
+<!-- Written by tools/stores_doc.py from the quirks table and tests/stores/results.json: do not edit. -->
+
+outlast works on any Dapr state store that can compare-and-swap. What a component reports is not believed:
+`outlast/checkpointer/quirks.py` has what each really does, and `make test-stores` measures it again on real
+servers, through a real daprd.
+
+- **exactly-once**: two processes may write to one thread at any time; nothing acknowledged is lost.
+- **exactly-once; creation by time**: the component cannot create a key only if it is absent. outlast looks,
+  writes, waits {quirks.SETTLE} s and looks again; two processes that create one thread at the same instant
+  are told apart while neither is held up for longer than that. Once a thread exists it is exactly-once.
+- **at-least-once, if asked for**: refused, unless you pass `guarantee="at-least-once"` to `durable`,
+  `DaprSaver` or `Runtime`. Where there are no ETags, a head is compared and then written, in two requests:
+  right as long as one process at a time writes to a thread. Two at once may lose what one of them wrote.
+
+Values larger than the limit are cut into chunks. Keys are `[a-z0-9-]`, under 100 characters, on every store.
+"""
+
+SETTINGS = """
+## Settings for every component
+
+- `keyPrefix: name` when several Dapr app ids share threads: by default each app id has keys of its own.
+- `actorStateStore: "true"` on exactly one component: Dapr keeps workflows there. It needs transactions, so
+  where the table says that it cannot, let one component keep the workflows and another one the threads.
+- A store, or a `keyPrefix`, of outlast's own: it never lists or deletes what it did not write.
+- Do not expire, evict or edit its keys by other means.
+- Large state: start daprd with a larger `--max-body-size` only if you see `RecordTooLargeError`.
+"""
+
+CONTEST = """
+## Eight processes on one thread, killed at random
+
+`PUTS=1000 make test-stores STORE=redis ARGS="-k killed_at_random"`: eight processes commit checkpoints to one thread
+while random ones are killed with SIGKILL and started again. Every acknowledged checkpoint is there with its value; the
+swaps of the head are one chain, so each head had one winner; and no record is left that the head does not reach, once
+`outlast doctor --repair` was there (looked for past Dapr, in the store itself).
+
+| store | acknowledged | kills | lost | orphans before repair | after | seconds |
+|---|---|---|---|---|---|---|
+"""
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row per component."""
     lines = [
-        "# State stores",
-        "",
-        "<!-- Written by tools/stores_doc.py from the quirks table and tests/stores/results.json: do not edit. -->",
-        "",
-        "outlast works on any Dapr state store that can compare-and-swap. What a component reports is not believed:",
-        "`outlast/checkpointer/quirks.py` has what each really does, and `make test-stores` measures it again on real",
-        "servers, through a real daprd.",
-        "",
-        "- **exactly-once**: two processes may write to one thread at any time; nothing acknowledged is lost.",
-        "- **exactly-once; creation by time**: the component cannot create a key only if it is absent. outlast looks,",
-        f"  writes, waits {quirks.SETTLE} s and looks again; two processes that create one thread at the same instant",
-        "  are told apart while neither is held up for longer than that. Once a thread exists it is exactly-once.",
-        '- **at-least-once, if asked for**: refused, unless you pass `guarantee="at-least-once"` to `durable`,',
-        "  `DaprSaver` or `Runtime`. Where there are no ETags, a head is compared and then written, in two requests:",
-        "  right as long as one process at a time writes to a thread. Two at once may lose what one of them wrote.",
-        "",
-        "Values larger than the limit are cut into chunks. Keys are `[a-z0-9-]`, under 100 characters, on every store.",
-        "",
         "| store | component | guarantee | record limit | stored as | transactions | tested on |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -242,30 +268,44 @@ def page() -> str:
         whole = measured.get("transaction_whole")
         transactions = {True: "whole", False: "not whole (not relied on)", None: "not used"}[whole]
         form = "base64" if known.text else "bytes"
-        row = (kind.title, f"`{kind.type}` {kind.version}", guarantee(kind), size(known.max_value), form, transactions)
+        row = (kind.title, component(kind), guarantee(kind), size(known.max_value), form, transactions)
         lines.append(f"| {' | '.join(row)} | {tested(kind, results)} |")
-    lines += [
-        "",
-        "## Settings for every component",
-        "",
-        "- `keyPrefix: name` when several Dapr app ids share threads: by default each app id has keys of its own.",
-        '- `actorStateStore: "true"` on exactly one component: Dapr keeps workflows there. It needs transactions, so',
-        "  where the table says that it cannot, let one component keep the workflows and another one the threads.",
-        "- A store, or a `keyPrefix`, of outlast's own: it never lists or deletes what it did not write.",
-        "- Do not expire, evict or edit its keys by other means.",
-        "- Large state: start daprd with a larger `--max-body-size` only if you see `RecordTooLargeError`.",
-    ]
-    for kind in KINDS:
-        known = quirks.of(kind.type, kind.version)
-        why = known.why and f"{known.why[0].upper()}{known.why[1:]}."
-        notes = " ".join(part for part in (kind.notes, why) if part)
-        lines += ["", f"## {kind.title}", "", *([notes, ""] if notes else []), "```yaml"]
-        lines += ["apiVersion: dapr.io/v1alpha1", "kind: Component", "metadata:", "  name: statestore", "spec:"]
-        lines += [f"  type: {kind.type}", f"  version: {kind.version}", "  metadata:"]
-        for name, value in (*kind.settings, SHARED):
-            lines += [f"    - name: {name}", f"      value: {json.dumps(value, ensure_ascii=False)}"]
-        lines.append("```")
     return "\n".join(lines) + "\n"
+
+
+def component(kind: Kind) -> str:
+    return f"`{kind.type}` {kind.version}" if kind.settings else "none needed"
+
+
+def contests(results: dict[str, Any]) -> str:
+    """What came out of `tests/stores/test_contention.py` where its records could be counted."""
+    rows = []
+    for kind in KINDS:
+        result = results.get(kind.test, {})
+        seen = result.get("measured", {}).get("contest", {})
+        if result.get("tests", {}).get("eight_processes_killed_at_random") == "passed" and "orphans" in seen:
+            row = (kind.title, f"{seen['puts']:,}", seen["kills"], 0, seen["orphans"], 0, seen["seconds"])
+            rows.append(f"| {' | '.join(map(str, row))} |\n")
+    return CONTEST + "".join(rows) if rows else ""
+
+
+def section(kind: Kind) -> str:
+    """What to set and to know of one component, and its YAML."""
+    why = quirks.of(kind.type, kind.version).why
+    notes = " ".join(part for part in (kind.notes, why and f"{why[0].upper()}{why[1:]}.") if part)
+    lines = ["", f"## {kind.title}", "", *([notes, ""] if notes else []), "```yaml"]
+    lines += ["apiVersion: dapr.io/v1alpha1", "kind: Component", "metadata:", "  name: statestore", "spec:"]
+    lines += [f"  type: {kind.type}", f"  version: {kind.version}", "  metadata:"]
+    for name, value in (*kind.settings, SHARED):
+        lines += [f"    - name: {name}", f"      value: {json.dumps(value, ensure_ascii=False)}"]
+    return "\n".join([*lines, "```"]) + "\n"
+
+
+def page() -> str:
+    """Return docs/stores.md."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    parts = [INTRODUCTION, "\n", table(results), contests(results), SETTINGS]
+    return "".join([*parts, *(section(kind) for kind in KINDS if kind.settings)])
 
 
 def main() -> int:
