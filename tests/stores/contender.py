@@ -1,8 +1,9 @@
 """Commits checkpoints to a thread that others write to at the same time, until there are enough of its own.
 
 It may be killed at any instant and started again with the same arguments. It notes down, a line each:
-    try COMMIT PREDECESSOR     it is about to swap a head whose last commit was PREDECESSOR (- for none)
-    won COMMIT PREDECESSOR     the store said that this swap went through
+    swap ETAG                  the store said that the head with this ETag was swapped for another
+    try COMMIT PREDECESSOR     it is about to swap the head for one with this commit, on top of that one (- for none)
+    won COMMIT PREDECESSOR     the store said that it went through
     put CHECKPOINT VALUE       the saver said that this checkpoint is there
 """
 
@@ -39,11 +40,15 @@ class Noted(StateClient):
     def _perform(self, operation: Operation) -> Any:
         if not (isinstance(operation, Swap) and operation.key == self._head):
             return super()._perform(operation)
-        before, commit = ("-", *Head.decode(operation.key, operation.value).recent)[-2:]
-        self._note("try", commit, before)
+        # A swap without records is no commit: it announces what is to come.
+        commit = ("-", *Head.decode(operation.key, operation.value).recent)[-2:] if operation.records else ()
+        if commit:
+            self._note("try", *reversed(commit))
         won = super()._perform(operation)
         if won:
-            self._note("won", commit, before)
+            self._note("swap", operation.etag)
+        if won and commit:
+            self._note("won", *reversed(commit))
         return won
 
 

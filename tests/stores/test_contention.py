@@ -48,17 +48,18 @@ class Contest:
     def _notes(self, number: int) -> Path:
         return self._home / f"notes-{number}"
 
-    def notes(self, what: str) -> Iterator[tuple[str, str]]:
+    def notes(self, what: str) -> Iterator[list[str]]:
         """All notes of a kind, those of each writer in the order it made them."""
         for number in range(WRITERS):
             notes = self._notes(number)
             for line in notes.read_text().splitlines() if notes.exists() else ():
                 if line.startswith(f"{what} "):
-                    _, first, second = line.split()
-                    yield first, second
+                    yield line.split()[1:]
 
     def put(self) -> int:
         """How many checkpoints were acknowledged so far."""
+        for writer in self.writers:
+            assert writer.returncode in (None, 0), writer.tail()
         return sum(1 for _ in self.notes("put"))
 
     def kill(self, chance: random.Random) -> None:
@@ -106,7 +107,9 @@ def test_eight_processes_killed_at_random(sound: Running, tmp_path: Path) -> Non
 
 
 def assert_one_winner_per_head(contest: Contest, head: Head) -> None:
-    """All commits are one chain: each was the only one to follow its predecessor."""
+    """No ETag was good for two swaps, and all commits are one chain, each the only one on top of its predecessor."""
+    swapped = [etag for (etag,) in contest.notes("swap")]
+    assert len(set(swapped)) == len(swapped), "two swaps of the same head went through"
     won = list(contest.notes("won"))
     assert len({predecessor for _, predecessor in won}) == len(won), "two commits won over the same head"
     # A commit that is tried again did not go through before.
