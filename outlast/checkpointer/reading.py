@@ -13,14 +13,14 @@ from langgraph.checkpoint.base import (
     get_checkpoint_id,
     writes_sort_key,
 )
-from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from outlast.checkpointer.blobs import PackReader
 from outlast.checkpointer.client import Steps
 from outlast.checkpointer.head import Entry, Head
 from outlast.checkpointer.lane import Lanes
+from outlast.checkpointer.names import Names
 from outlast.checkpointer.registry import THREADS
-from outlast.checkpointer.requests import dumps
+from outlast.checkpointer.requests import HIDDEN_NS, dumps
 from outlast.checkpointer.thread import ThreadLog
 from outlast.checkpointer.upkeep import Row, row_of, writes_of
 from outlast.errors import CorruptRecordError
@@ -35,13 +35,14 @@ class Reads:
     """The reading rules of a saver.
 
     Args:
-        serde: Deserialises values.
+        names: Reads names, and with its serialiser values.
         lanes: Where the next commit looks for what was read.
         refresh: Whether reading the state of a thread begins its time to live anew.
     """
 
-    def __init__(self, serde: SerializerProtocol, lanes: Lanes, refresh: bool) -> None:
-        self._serde = serde
+    def __init__(self, names: Names, lanes: Lanes, refresh: bool) -> None:
+        self._names = names
+        self._serde = names.serde
         self._lanes = lanes
         self._refresh = refresh
 
@@ -75,7 +76,7 @@ class Reads:
                 entries = [
                     entry
                     for entry in (yield from log.index.entries(head))
-                    if (entry.checkpoint_id, entry.ns) < after and _asked_for(entry, config, before)
+                    if (entry.checkpoint_id, entry.ns) < after and self._asked_for(entry, config, before)
                 ]
                 batch = entries[:_BATCH]
                 last = (batch[-1].checkpoint_id, batch[-1].ns) if len(entries) > len(batch) else None
@@ -89,22 +90,23 @@ class Reads:
     ) -> Steps[Mapping[str, DeltaChannelHistory]]:
         configurable = config["configurable"]
         log, ns = ThreadLog(str(configurable["thread_id"])), configurable.get("checkpoint_ns", "")
+        place_of_ns = self._names.place(ns)
         head = yield from log.read()
         entry = (yield from self._addressed(log, head, ns, get_checkpoint_id(config))) if head else None
         reader = PackReader(log.key, self._serde.loads_typed)
         writes: dict[str, list[tuple[str, str, Any]]] = {channel: [] for channel in channels}
         seeds: dict[str, Any] = {}
         if head is not None and entry is not None:
-            row = row_of(log.key, (yield from reader.packs([entry.pack])), entry)
-            chain = [item for item in (yield from log.index.entries(head)) if item.ns == ns and item.pack]
+            row = self._row(log.key, (yield from reader.packs([entry.pack])), entry)
+            chain = [item for item in (yield from log.index.entries(head)) if item.ns == place_of_ns and item.pack]
             places = {item.checkpoint_id: place for place, item in enumerate(chain)}
             while writes.keys() - seeds.keys() and row.parent_id in places:
                 place = places[row.parent_id]
                 # Parents mostly follow one another in the index: read some ahead.
                 ahead = chain[place : place + _BATCH]
                 packs = yield from reader.packs(name for item in ahead for name in (item.pack, *item.writes))
-                row = row_of(log.key, packs, chain[place])
-                for write in reversed(_pending(packs, chain[place])):
+                row = self._row(log.key, packs, chain[place])
+                for write in reversed(self._pending(packs, chain[place])):
                     if write[1] in writes and write[1] not in seeds:
                         writes[write[1]].append(write)
                 seeds |= {name: row.channels[name] for name in writes if name in row.channels and name not in seeds}
@@ -120,22 +122,61 @@ class Reads:
     def _addressed(self, log: ThreadLog, head: Head, ns: str, checkpoint_id: str | None) -> Steps[Entry | None]:
         """Return the entry of a checkpoint, or of the latest one, if that is there."""
         if checkpoint_id:
-            entry = yield from log.index.find(head, ns, checkpoint_id)
+            entry = yield from log.index.find(head, self._names.place(ns), checkpoint_id)
         else:
-            entry = yield from log.index.latest(head, ns)
+            entry = yield from log.index.latest(head, self._names.place(ns))
         return entry if entry is not None and entry.pack else None
+
+    def _asked_for(self, entry: Entry, config: RunnableConfig | None, before: RunnableConfig | None) -> bool:
+        configurable = (config or {}).get("configurable", {})
+        ns, wanted = configurable.get("checkpoint_ns"), configurable.get("checkpoint_id")
+        bound = get_checkpoint_id(before) if before else None
+        return (
+            bool(entry.pack)
+            and (ns is None or entry.ns == self._names.place(ns))
+            and (not wanted or entry.checkpoint_id == wanted)
+            and (not bound or entry.checkpoint_id < bound)
+        )
+
+    def namespaces(self, thread_id: str) -> Steps[dict[str, str]]:
+        """Return the namespaces of a thread by what stands for them in its index."""
+        log = ThreadLog(thread_id)
+        head = yield from log.read()
+        newest = {entry.ns: entry for entry in (yield from log.index.entries(head)) if entry.pack} if head else {}
+        hidden = [entry for place, entry in newest.items() if place and self._names.hides]
+        tuples = yield from self._tuples(log, hidden)
+        shown = [found.config["configurable"]["checkpoint_ns"] for found in tuples]
+        return {**{place: place for place in newest}, **dict(zip((entry.ns for entry in hidden), shown, strict=True))}
 
     def _tuples(
         self, log: ThreadLog, entries: Sequence[Entry], generation: int | None = None
     ) -> Steps[list[CheckpointTuple]]:
         reader = PackReader(log.key, self._serde.loads_typed)
         packs = yield from reader.packs(name for entry in entries for name in (entry.pack, *entry.writes))
-        rows = [row_of(log.key, packs, entry) for entry in entries]
-        writes = [_pending(packs, entry) for entry in entries]
+        rows = [self._row(log.key, packs, entry) for entry in entries]
+        writes = [self._pending(packs, entry) for entry in entries]
         wanted = [locator for row in rows for locator in row.locators]
         wanted += [locator for pending in writes for _, _, locator in pending]
         yield from reader.fetch(wanted)
         return [self._tuple(log, reader, row, pending, generation) for row, pending in zip(rows, writes, strict=True)]
+
+    def _pending(self, packs: dict[str, Any], entry: Entry) -> Sequence[tuple[str, str, Any]]:
+        """Return the pending writes of a checkpoint in LangGraph's order: task id, channel, locator."""
+        kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
+        for row in writes_of(packs, entry):
+            if row.replaces or (row.task_id, row.position) not in kept:
+                kept[(row.task_id, row.position)] = (
+                    self._names.show(row.task_path),
+                    self._names.show(row.channel),
+                    row.value,
+                )
+        order = sorted(kept, key=lambda place: writes_sort_key(kept[place][0], *place))
+        return [(place[0], kept[place][1], kept[place][2]) for place in order]
+
+    def _row(self, key: str, packs: dict[str, Any], entry: Entry) -> Row:
+        """Return the checkpoint of an entry, its channels by name."""
+        row = row_of(key, packs, entry)
+        return row._replace(channels={self._names.show(name): locator for name, locator in row.channels.items()})
 
     def _tuple(
         self,
@@ -145,7 +186,9 @@ class Reads:
         pending: Sequence[tuple[str, str, Any]],
         generation: int | None,
     ) -> CheckpointTuple:
-        checkpoint = cast(Checkpoint, reader.value(row.checkpoint))
+        stored = reader.value(row.checkpoint)
+        row = row._replace(ns=stored.pop(HIDDEN_NS, row.ns))
+        checkpoint = cast(Checkpoint, stored)
         values = {name: reader.value(locator) for name, locator in row.channels.items()}
         if generation is not None:
             self._remember(log, reader, row, checkpoint, values, generation)
@@ -182,32 +225,10 @@ def config_of(thread_id: str, ns: str, checkpoint_id: str) -> RunnableConfig:
     return {"configurable": {"thread_id": thread_id, "checkpoint_ns": ns, "checkpoint_id": checkpoint_id}}
 
 
-def _pending(packs: dict[str, Any], entry: Entry) -> Sequence[tuple[str, str, Any]]:
-    """Return the pending writes of a checkpoint in LangGraph's order: task id, channel, locator."""
-    kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
-    for row in writes_of(packs, entry):
-        if row.replaces or (row.task_id, row.position) not in kept:
-            kept[(row.task_id, row.position)] = (row.task_path, row.channel, row.value)
-    order = sorted(kept, key=lambda place: writes_sort_key(kept[place][0], *place))
-    return [(place[0], kept[place][1], kept[place][2]) for place in order]
-
-
 def thread_ids(config: RunnableConfig | None) -> Steps[Sequence[str]]:
     if config and "thread_id" in config["configurable"]:
         return [str(config["configurable"]["thread_id"])]
     return (yield from THREADS.names())
-
-
-def _asked_for(entry: Entry, config: RunnableConfig | None, before: RunnableConfig | None) -> bool:
-    configurable = (config or {}).get("configurable", {})
-    ns, wanted = configurable.get("checkpoint_ns"), configurable.get("checkpoint_id")
-    bound = get_checkpoint_id(before) if before else None
-    return (
-        bool(entry.pack)
-        and (ns is None or entry.ns == ns)
-        and (not wanted or entry.checkpoint_id == wanted)
-        and (not bound or entry.checkpoint_id < bound)
-    )
 
 
 def matching(

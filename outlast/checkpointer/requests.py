@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from langgraph.checkpoint.base import WRITES_IDX_MAP, ChannelVersions, Checkpoint, CheckpointMetadata
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -12,15 +12,19 @@ from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed,
 from outlast.checkpointer.client import Steps
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.lane import Lane
+from outlast.checkpointer.names import Names
 from outlast.checkpointer.upkeep import Row, WriteRow, row_of
 from outlast.errors import OutlastError, SerializationError
+
+HIDDEN_NS: Final = "outlast_ns"
+"""Where a checkpoint has its namespace, if the index has a digest of it."""
 
 
 @dataclass
 class Put:
     """A checkpoint to commit."""
 
-    serde: SerializerProtocol
+    names: Names
     ns: str
     parent_id: str
     checkpoint: Checkpoint
@@ -45,22 +49,25 @@ class Put:
             else:
                 stored[name] = (version, pack.add(self._dumps(value)))
         bare = {key: value for key, value in self.checkpoint.items() if key != "channel_values"}
+        place = self.names.place(self.ns)
+        if place != self.ns:
+            bare[HIDDEN_NS] = self.ns
         row = Row(
-            ns=self.ns,
+            ns=place,
             checkpoint_id=self.checkpoint["id"],
             parent_id=self.parent_id,
             checkpoint=pack.add(self._dumps(bare)),
             metadata=pack.add(self._dumps(self.metadata)),
-            channels={name: locator for name, (_, locator) in stored.items()},
+            channels={self.names.hide(name): locator for name, (_, locator) in stored.items()},
         )
         pack.checkpoints.append(list(row))
         lane.remember(self.ns, self.checkpoint["id"], stored)
         for name, state in lists:
             lane.remember_list(self.ns, name, state)
-        return Entry(self.ns, self.checkpoint["id"], pack=pack.name)
+        return Entry(place, self.checkpoint["id"], pack=pack.name)
 
     def _dumps(self, value: Any) -> Typed:
-        return dumps(self.serde, value)
+        return dumps(self.names.serde, value)
 
     def _parent_channels(self, lane: Lane) -> Steps[dict[str, tuple[Any, Any]]]:
         """Return where the parent's values are, so that those that did not change are not written again."""
@@ -70,20 +77,22 @@ class Put:
         if known is not None:
             return known
         head = yield from lane.log.read()
-        entry = (yield from lane.log.index.find(head, self.ns, self.parent_id)) if head else None
+        entry = (yield from lane.log.index.find(head, self.names.place(self.ns), self.parent_id)) if head else None
         if entry is None or not entry.pack:
             return {}
-        reader = PackReader(lane.log.key, self.serde.loads_typed)
+        reader = PackReader(lane.log.key, self.names.serde.loads_typed)
         row = row_of(lane.log.key, (yield from reader.packs([entry.pack])), entry)
         yield from reader.fetch([row.checkpoint])
         versions = reader.value(row.checkpoint)["channel_versions"]
-        return {name: (versions.get(name), locator) for name, locator in row.channels.items()}
+        channels = {self.names.show(name): locator for name, locator in row.channels.items()}
+        return {name: (versions.get(name), locator) for name, locator in channels.items()}
 
 
 @dataclass
 class Writes:
     """Pending writes of one task to commit, serialised already."""
 
+    names: Names
     ns: str
     checkpoint_id: str
     task_id: str
@@ -93,11 +102,12 @@ class Writes:
 
     def prepare(self, lane: Lane, pack: PackWriter) -> Steps[Entry]:
         yield from ()
+        ns, task_path = self.names.place(self.ns), self.names.hide(self.task_path)
         replaces = all(channel in WRITES_IDX_MAP for channel, _, _ in self.writes)
         for channel, position, value in self.writes:
-            place = (self.ns, self.checkpoint_id, self.task_id, self.task_path, position)
-            pack.writes.append(list(WriteRow(*place, channel, pack.add(value), replaces)))
-        return Entry(self.ns, self.checkpoint_id, writes=(pack.name,))
+            place = (ns, self.checkpoint_id, self.task_id, task_path, position)
+            pack.writes.append(list(WriteRow(*place, self.names.hide(channel), pack.add(value), replaces)))
+        return Entry(ns, self.checkpoint_id, writes=(pack.name,))
 
 
 def dumps(serde: SerializerProtocol, value: Any) -> Typed:

@@ -28,6 +28,7 @@ from outlast.checkpointer import life, sweeper, upkeep
 from outlast.checkpointer.client import Guarantee, StateClient, Steps
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.lane import Lanes
+from outlast.checkpointer.names import Names
 from outlast.checkpointer.reading import START, Reads, config_of, matching, thread_ids
 from outlast.checkpointer.requests import Put, Writes, dumps
 from outlast.checkpointer.sweeper import Sweeper
@@ -45,7 +46,9 @@ class DaprSaver(BaseCheckpointSaver[Any]):
 
     Args:
         store: Name of the state store component.
-        serde: Serialises values; LangGraph's msgpack serialiser if not given. `EncryptedSerializer` works.
+        serde: Serialises values; LangGraph's msgpack serialiser if not given. With `EncryptedSerializer`
+            nothing of what is in the state is readable in the store, nor are metadata, names of channels and nodes;
+            ids are (of threads, runs, checkpoints and tasks), and times.
         client: The store to use instead of the one named `store`.
         ttl: Time to live of threads: `default_ttl` in minutes (none: for ever), `refresh_on_read` (true if not given),
             `sweep_interval_minutes`. Every write begins it anew, and so does reading the state. `ttl` in a config's
@@ -72,6 +75,7 @@ class DaprSaver(BaseCheckpointSaver[Any]):
         ttl: TTLConfig | None = None,
     ) -> None:
         super().__init__(serde=serde)
+        self._known_names: Names | None = None
         self.ttl_config = ttl
         self._wish = life.default(life.checked((ttl or {}).get("default_ttl"), "`default_ttl`"))
         # LangGraph clones savers with copy.copy: whatever changes is in these shared objects.
@@ -134,7 +138,7 @@ class DaprSaver(BaseCheckpointSaver[Any]):
     ) -> tuple[str, Put]:
         configurable = config["configurable"]
         request = Put(
-            serde=self.serde,
+            names=self._names,
             ns=configurable.get("checkpoint_ns", ""),
             parent_id=get_checkpoint_id(config) or "",
             checkpoint=checkpoint,
@@ -175,6 +179,7 @@ class DaprSaver(BaseCheckpointSaver[Any]):
             for position, (channel, value) in enumerate(writes)
         ]
         request = Writes(
+            names=self._names,
             ns=configurable.get("checkpoint_ns", ""),
             checkpoint_id=configurable["checkpoint_id"],
             task_id=task_id,
@@ -267,7 +272,18 @@ class DaprSaver(BaseCheckpointSaver[Any]):
     @property
     def _reads(self) -> Reads:
         refresh = self.ttl_config is not None and self.ttl_config.get("refresh_on_read", True)
-        return Reads(self.serde, self._lanes, refresh)
+        return Reads(self._names, self._lanes, refresh)
+
+    @property
+    def _names(self) -> Names:
+        # LangGraph sets another serialiser on a clone.
+        if self._known_names is None or self._known_names.serde is not self.serde:
+            self._known_names = Names(self.serde)
+        return self._known_names
+
+    def namespaces_of(self, thread_id: str) -> dict[str, str]:
+        """Return the namespaces of a thread by what stands for them in its index."""
+        return self.client.run(self._reads.namespaces(thread_id))
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]

@@ -11,6 +11,7 @@ from outlast.checkpointer.client import Get, Item, Save, Steps
 from outlast.checkpointer.head import Entry, Head
 from outlast.checkpointer.keys import thread_key
 from outlast.checkpointer.life import Wish, own
+from outlast.checkpointer.names import Hidden, shown
 from outlast.checkpointer.registry import THREADS
 from outlast.checkpointer.thread import RewrittenError, ThreadLog
 from outlast.errors import CorruptRecordError, StoreError, UnknownFormatError
@@ -27,14 +28,17 @@ Loads = Callable[[Typed], Any]
 
 
 class Row(NamedTuple):
-    """A checkpoint as a pack holds it. `checkpoint`, `metadata` and the values of `channels` are locators."""
+    """A checkpoint as a pack holds it. `checkpoint`, `metadata` and the values of `channels` are locators.
+
+    Names may be hidden: see `names`.
+    """
 
     ns: str
     checkpoint_id: str
     parent_id: str
     checkpoint: Locator
     metadata: Locator
-    channels: dict[str, Locator]
+    channels: dict[Any, Locator]
 
     @property
     def locators(self) -> list[Locator]:
@@ -52,9 +56,9 @@ class WriteRow(NamedTuple):
     ns: str
     checkpoint_id: str
     task_id: str
-    task_path: str
+    task_path: Hidden
     position: int
-    channel: str
+    channel: Hidden
     value: Locator
     replaces: bool
 
@@ -203,15 +207,19 @@ def _ancestors_of_deltas(log: ThreadLog, head: Head, entry: Entry, loads: Loads)
     found: set[tuple[str, str]] = set()
     row = row_of(log.key, (yield from reader.packs([entry.pack])), entry)
     yield from reader.fetch([row.metadata])
-    missing = set(reader.value(row.metadata).get("counters_since_delta_snapshot") or {}) - row.channels.keys()
+    missing = set(reader.value(row.metadata).get("counters_since_delta_snapshot") or {}) - _channels(row, loads)
     while missing and row.parent_id:
         parent = yield from log.index.find(head, row.ns, row.parent_id)
         if parent is None or not parent.pack:
             break
         found.add((parent.ns, parent.checkpoint_id))
         row = row_of(log.key, (yield from reader.packs([parent.pack])), parent)
-        missing -= row.channels.keys()
+        missing -= _channels(row, loads)
     return found
+
+
+def _channels(row: Row, loads: Loads) -> set[str]:
+    return {shown(name, loads) for name in row.channels}
 
 
 def delete_for_runs(run_ids: Iterable[str], loads: Loads, limit: int) -> Steps[None]:

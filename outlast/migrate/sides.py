@@ -19,6 +19,7 @@ from langgraph.checkpoint.serde.types import ERROR
 
 from outlast.checkpointer.blobs import PackReader
 from outlast.checkpointer.head import Entry
+from outlast.checkpointer.names import Names, shown
 from outlast.checkpointer.registry import THREADS
 from outlast.checkpointer.saver import DaprSaver
 from outlast.checkpointer.thread import ThreadLog
@@ -279,7 +280,8 @@ class DaprSide(Side):
         log = self._log_of(thread_id)
         head = self._client.run(log.read())
         entries = self._client.run(log.index.entries(head)) if head else []
-        return _oldest_first((entry.ns, entry.checkpoint_id) for entry in entries if entry.pack)
+        names = self.saver.namespaces_of(thread_id)
+        return _oldest_first((names[entry.ns], entry.checkpoint_id) for entry in entries if entry.pack)
 
     def read_many(self, thread_id: str, places: Sequence[Place]) -> dict[Place, Record]:
         # In one go: several checkpoints are in one record.
@@ -288,7 +290,8 @@ class DaprSide(Side):
             return {}
         wanted = set(places)
         every = self._client.run(self._log_of(thread_id).index.entries(head))
-        entries = {(entry.ns, entry.checkpoint_id): entry for entry in every if entry.pack}
+        namespaces = self.saver.namespaces_of(thread_id)
+        entries = {(namespaces[entry.ns], entry.checkpoint_id): entry for entry in every if entry.pack}
         reader = PackReader(self._log_of(thread_id).key, self.saver.serde.loads_typed)
         names = [name for place in places if place in entries for name in entries[place].writes]
         packs = self._client.run(reader.packs(names))
@@ -309,17 +312,26 @@ class DaprSide(Side):
             if place[1] < places[0][1] or len(found) == len(wanted):
                 break
             if place in wanted and place in entries:
-                found[place] = self._record(place, item, _where(packs, entries[place]))
+                found[place] = self._record(place, item, self._where(packs, entries[place]))
         return found
 
     def where(self, thread_id: str, place: Place) -> list[tuple[str, str, int, str]] | None:
         log = self._log_of(thread_id)
         head = self._client.run(log.read())
-        entry = self._client.run(log.index.find(head, *place)) if head else None
+        entry = (
+            self._client.run(log.index.find(head, Names(self.saver.serde).place(place[0]), place[1])) if head else None
+        )
         if entry is None or not entry.writes:
             return []
         packs = self._client.run(PackReader(log.key, self.saver.serde.loads_typed).packs(entry.writes))
-        return _where(packs, entry)
+        return self._where(packs, entry)
+
+    def _where(self, packs: dict[str, Any], entry: Entry) -> list[tuple[str, str, int, str]]:
+        loads = self.saver.serde.loads_typed
+        kept = {(row.task_id, row.position): row for row in writes_of(packs, entry)}
+        return [
+            (row.task_id, shown(row.task_path, loads), row.position, shown(row.channel, loads)) for row in kept.values()
+        ]
 
     def _log_of(self, thread_id: str) -> ThreadLog:
         # One for each thread: it keeps the pages of the index, which never change.
@@ -387,11 +399,6 @@ def side_of(saver: BaseCheckpointSaver[Any]) -> Side:
             case ("langgraph.checkpoint.memory", "InMemorySaver"):
                 return MemorySide(saver)
     return Side(saver)
-
-
-def _where(packs: dict[str, Any], entry: Entry) -> list[tuple[str, str, int, str]]:
-    kept = {(row.task_id, row.position): row for row in writes_of(packs, entry)}
-    return [(row.task_id, row.task_path, row.position, row.channel) for row in kept.values()]
 
 
 def same(one: Any, other: Any) -> bool:
