@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ class LedgerServer(LocalServer):
 
     A call with the idempotency key of an earlier one (the field `idempotency_key` or the header `Idempotency-Key`) gets
     that one's id again and books nothing, but is recorded as a duplicate. Given the log file of an earlier ledger, it
-    knows its bookings.
+    knows its bookings. `on_call` is told each call, recorded and not answered yet.
     """
 
-    def __init__(self, *, port: int = 0, log: Path | None = None, delay: float = 0):
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        log: Path | None = None,
+        delay: float = 0,
+        on_call: Callable[[dict[str, Any]], None] | None = None,
+    ):
         super().__init__(port)
         self.delay = delay
         """Seconds between recording a call and answering it: time for the caller to be killed in."""
+        self.on_call = on_call
         self._log = JsonLines(log)
         self._lock = threading.Lock()
         self.routes = {("POST", "/bookings"): self._book, ("GET", "/bookings"): self._list}
@@ -49,6 +58,8 @@ class LedgerServer(LocalServer):
             identifier, duplicate = earlier or f"B-{len(booked) + 1:04}", earlier is not None
             call = {"time": time.time(), "id": identifier, "key": key, "duplicate": duplicate, "request": request}
             self._log.append(call)
+        if self.on_call is not None:
+            self.on_call(call)
         self.stopping.wait(self.delay)
         exchange.send_json({"id": identifier, "duplicate": duplicate}, 200 if duplicate else 201)
 

@@ -10,7 +10,7 @@ import importlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,20 @@ class ScriptedModelServer(LocalServer):
             assert len(server.requests()) == 1
 
     Each call is recorded when it arrives, before it is answered: what is counted is what would be paid for. Given the
-    log file of an earlier server, it goes on counting where that one stopped.
+    log file of an earlier server, it goes on counting where that one stopped. `on_call` is told each call, recorded and
+    not answered yet.
     """
 
-    def __init__(self, script: Script, *, port: int = 0, log: Path | None = None):
+    def __init__(
+        self,
+        script: Script,
+        *,
+        port: int = 0,
+        log: Path | None = None,
+        on_call: Callable[[dict[str, Any]], None] | None = None,
+    ):
         super().__init__(port)
+        self.on_call = on_call
         self._script = script
         self._log = JsonLines(log)
         self._faults = faults.FaultPlan()
@@ -79,7 +88,10 @@ class ScriptedModelServer(LocalServer):
             self._calls += 1
             self._answered += fault is None
             record = {"call": call, "time": time.time(), "stream": streaming, "fault": fault and fault.kind}
-            self._log.append({**record, "request": request})
+            record["request"] = request
+            self._log.append(record)
+        if self.on_call is not None:
+            self.on_call(record)
         if fault is not None and fault.kind == "status":
             return faults.send_status(fault, exchange)
         if fault is not None and fault.kind == "hang":

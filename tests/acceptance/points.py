@@ -53,17 +53,17 @@ def reached(point: str) -> None:
     """Mark a point; the process may die or stop here."""
     assert _folder is not None
     _append("trace", point)
-    if _claims("kill_at", point):
+    if claimed(_folder, "kill_at", point):
         os.kill(os.getpid(), signal.SIGKILL)
-    if _claims("hold_at", point):
+    if claimed(_folder, "hold_at", point):
         _append("trace", f"held {os.getpid()}")
         while not (_folder / "go").exists():
             time.sleep(0.005)
 
 
-def _claims(name: str, point: str) -> bool:
-    assert _folder is not None
-    file = _folder / name
+def claimed(folder: Path, name: str, point: str) -> bool:
+    """Whether `kill_at` or `hold_at` is armed for this point; it is not any more, then."""
+    file = folder / name
     try:
         if file.read_text() != point:
             return False
@@ -79,13 +79,14 @@ def instrument(run_id: str, thread_id: str) -> None:
     Writes are named for their kind and the first letter of their key; those for another run or thread are no points.
     """
     from outlast.checkpointer import client, keys
+    from outlast.recovery.journal import journal_key
     from outlast.recovery.runtime import Runtime
     from outlast.recovery.worker import Worker
 
     lock = threading.Lock()
     seen: Counter[str] = Counter()
 
-    own = (keys.run_key(run_id), keys.thread_key(thread_id))
+    own = (keys.run_key(run_id), keys.thread_key(thread_id), journal_key(run_id))
 
     def numbered(what: str) -> str:
         with lock:
@@ -104,7 +105,7 @@ def instrument(run_id: str, thread_id: str) -> None:
                 key = operation.keys[0]
             case _:
                 return None
-        if key[:2] in ("r-", "t-") and not key.startswith(own):
+        if key[:2] in ("r-", "t-", "j-") and not key.startswith(own):
             return None
         return numbered(f"{type(operation).__name__} {key[:1]}")
 

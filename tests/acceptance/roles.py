@@ -20,7 +20,7 @@ from outlast.checkpointer.registry import ACTIVE
 from outlast.checkpointer.thread import ThreadLog
 from outlast.recovery import runs
 from outlast.recovery.runtime import default_runtime
-from tests.acceptance import agents, points
+from tests.acceptance import agents, calls, points
 
 logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(name)s %(levelname)s %(message)s")
 
@@ -33,7 +33,7 @@ def say(**values: Any) -> None:
     print(json.dumps(values), flush=True)  # noqa: T201
 
 
-def _write(folder: str, name: str, value: Any) -> None:
+def write(folder: str, name: str, value: Any) -> None:
     path = Path(folder, name)
     path.with_suffix(".new").write_text(json.dumps(value))
     path.with_suffix(".new").rename(path)
@@ -46,7 +46,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if hasattr(value, "content"):
-        return [value.type, value.content, getattr(value, "tool_call_id", None)]
+        kept = ("tool_call_id", "tool_calls", "usage_metadata", "artifact", "status")
+        metadata = {key: item for key, item in value.response_metadata.items() if key != "id"}
+        return [value.type, value.content, [_plain(getattr(value, name, None)) for name in kept], _plain(metadata)]
     if isinstance(value, Interrupt):
         return ["interrupt", _plain(value.value)]
     return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
@@ -64,7 +66,7 @@ def _history(agent: Any, thread: str) -> list[Any]:
     ][::-1]
 
 
-def _report(folder: str, agent: Any, thread: str, run_id: str, out: Any) -> None:
+def report(folder: str, agent: Any, thread: str, run_id: str, out: Any) -> None:
     """Write down how the run ended; waits until nothing of it is active any more."""
     runtime = default_runtime()
     head = runtime.client.run(runs.read(run_id))
@@ -72,7 +74,7 @@ def _report(folder: str, agent: Any, thread: str, run_id: str, out: Any) -> None
     threadhead = runtime.client.run(ThreadLog(thread).read())
     assert threadhead is not None
     state = agent.get_state(_config(thread))
-    _write(
+    write(
         folder,
         "result",
         {
@@ -109,7 +111,7 @@ def submit_trip(folder: str, thread: str, run_id: str, is_async: bool = False) -
         out = agent.invoke(INPUT, config)
         assert "__interrupt__" in out, out
         out = agent.invoke(answer, _config(thread))
-    _report(folder, agent, thread, run_id, out)
+    report(folder, agent, thread, run_id, out)
     default_runtime().stop()
 
 
@@ -118,7 +120,7 @@ def recover_trip(folder: str, thread: str, run_id: str, is_async: bool = False) 
     points.use(folder)
     graph = agents.trip(is_async)
     before = graph.copy({"checkpointer": DaprSaver(client=default_runtime().client)})
-    _write(folder, "pending", _pending(before.get_state(_config(thread), subgraphs=True)))
+    write(folder, "pending", _pending(before.get_state(_config(thread), subgraphs=True)))
     agent = durable(graph, name="trip")
     try:
         handle = agent.get_run(run_id)
@@ -133,7 +135,7 @@ def recover_trip(folder: str, thread: str, run_id: str, is_async: bool = False) 
         points.note("answered")
         handle.resume("yes")
         out = handle.result(PATIENCE)
-    _report(folder, agent, thread, run_id, out)
+    report(folder, agent, thread, run_id, out)
     default_runtime().stop()
 
 
@@ -184,7 +186,7 @@ def _make(name: str, is_async: bool = False) -> Any:
         return durable(agents.questions(int(name.partition("-")[2])), name=name)
     if name.startswith("line-"):
         return durable(agents.line(list(name.partition("-")[2])), name=name)
-    raise ValueError(name)
+    return calls.make(name, is_async)
 
 
 def client(folder: str) -> None:
@@ -211,7 +213,7 @@ def _obey(folder: str, agent: Any, order: dict[str, Any]) -> None:
         answer = _carried_out(agent, order)
     except Exception as error:
         answer = {"error": type(error).__name__, "message": str(error)}
-    _write(folder, f"answer-{order['number']}", answer)
+    write(folder, f"answer-{order['number']}", answer)
 
 
 def _carried_out(agent: Any, order: dict[str, Any]) -> Any:

@@ -30,18 +30,20 @@ class Scenario:
     Attributes:
         replicas: The settings of each replica of the app.
         folder: Shared with the processes, see `points`.
+        env: More settings, for all processes.
     """
 
     zygote: Zygote
     replicas: Replicas
     folder: Path
+    env: dict[str, str] = field(default_factory=dict)
     processes: list[Forked] = field(default_factory=list)
     _orders: int = 0
 
     def fork(self, function: str, replica: int = 0, env: Mapping[str, str] | None = None, **arguments: Any) -> Forked:
         """Start a process of this scenario."""
         log = self.folder / f"log-{len(self.processes)}"
-        settings = {"OUTLAST_HEARTBEAT_TIMEOUT": "60", **self.replicas[replica], **(env or {})}
+        settings = {"OUTLAST_HEARTBEAT_TIMEOUT": "60", **self.replicas[replica], **self.env, **(env or {})}
         process = self.zygote.fork(function, log, settings, folder=str(self.folder), **arguments)
         self.processes.append(process)
         return process
@@ -73,6 +75,12 @@ class Scenario:
         path = self.folder / what
         path.with_suffix(".new").write_text(point)
         path.with_suffix(".new").rename(path)
+
+    def note(self, line: str) -> None:
+        """Enter a line into the trace."""
+        out = os.open(self.folder / "trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(out, line.encode() + b"\n")
+        os.close(out)
 
     def until(self, condition: Callable[[], T | None], what: str) -> T:
         return wait_for(condition, PATIENCE, lambda: f"{what}; trace: {self.trace[-8:]}\n{self.logs()}")

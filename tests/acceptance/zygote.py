@@ -49,7 +49,7 @@ class Zygote:
         threading.Thread(target=self._read, daemon=True).start()
 
     def fork(self, function: str, log: Path, env: Mapping[str, str], **arguments: Any) -> Forked:
-        """Start a process that calls `tests.acceptance.roles.<function>(**arguments)`."""
+        """Start a process that calls a function, e.g. `roles.serve`, of a module of `tests.acceptance`."""
         return Forked(self, function, log, env, arguments)
 
     def close(self) -> None:
@@ -142,8 +142,11 @@ def _preload() -> None:
         "dapr.ext.workflow",
         "dapr.proto",
         "grpc.aio",
+        "httpx",
+        "langchain.agents",
         "langchain_core.messages",
         "langchain_core.tools",
+        "langchain_openai",
         "langgraph.checkpoint.memory",
         "langgraph.func",
         "langgraph.graph",
@@ -209,8 +212,9 @@ def _fork(request: dict[str, Any], pipes: tuple[int, int]) -> None:
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.environ.update(request["env"])
-        roles = importlib.import_module("tests.acceptance.roles")
-        getattr(roles, request["function"])(**request["arguments"])
+        module, _, function = request["function"].rpartition(".")
+        roles = importlib.import_module(f"tests.acceptance.{module or 'roles'}")
+        getattr(roles, function)(**request["arguments"])
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -1,0 +1,61 @@
+"""What the processes of the stories about model and tool calls do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from outlast import RunNotFoundError
+from outlast.checkpointer import DaprSaver
+from outlast.checkpointer import keys as names
+from outlast.recovery import journal
+from outlast.recovery.runtime import default_runtime
+from tests.acceptance import calls, points, roles
+
+
+def submit(folder: str, thread: str, run_id: str, agent: str, is_async: bool) -> None:
+    """Run an agent, report."""
+    points.use(folder)
+    points.instrument(run_id, thread)
+    durable = calls.make(agent, is_async)
+    config = {"configurable": {"thread_id": thread}, "run_id": run_id}
+    if is_async:
+        out = asyncio.run(durable.ainvoke(calls.INPUTS[agent], config))
+    else:
+        out = durable.invoke(calls.INPUTS[agent], config)
+    roles.report(folder, durable, thread, run_id, out)
+    default_runtime().stop()
+
+
+def recover(folder: str, thread: str, run_id: str, agent: str, is_async: bool) -> None:
+    """Write down what is recorded, then make the agent durable again and see its run end."""
+    points.use(folder)
+    roles.write(folder, "recorded", recorded(run_id))
+    durable = calls.make(agent, is_async)
+    config = {"configurable": {"thread_id": thread}}
+    try:
+        handle = durable.get_run(run_id)
+    except RunNotFoundError:
+        points.note("resubmitted")
+        if is_async:
+            handle = asyncio.run(durable.astart(calls.INPUTS[agent], config, run_id=run_id))
+        else:
+            handle = durable.start(calls.INPUTS[agent], config, run_id=run_id)
+    roles.report(folder, durable, thread, run_id, handle.result(roles.PATIENCE))
+    default_runtime().stop()
+
+
+def recorded(run_id: str) -> dict[str, list[str]]:
+    """What of a run is recorded: the model's answers, and the idempotency keys of tool calls."""
+    client = default_runtime().client
+    found: dict[str, list[str]] = {"model": [], "tool": []}
+    for record in client.run(journal.read(run_id, DaprSaver(client=client).serde)):
+        if record.kind == "result":
+            found[record.type].append(_named(run_id, record))
+    return found
+
+
+def _named(run_id: str, record: Any) -> str:
+    if record.type == "tool":
+        return names.digest(run_id, record.key, str(record.slot))
+    return str(record.value["generations"][0][0].content).removesuffix("!")

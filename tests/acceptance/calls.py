@@ -1,0 +1,147 @@
+"""Agents of model calls and tool calls: a real ChatOpenAI and real HTTP, counted by the servers of `world`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import operator
+import os
+from typing import Annotated, Any, TypedDict
+
+import httpx
+from langchain.agents import create_agent
+from langchain_core.messages import AnyMessage
+from langchain_core.runnables import RunnableParallel
+from langchain_core.tools import StructuredTool
+from langchain_openai import ChatOpenAI
+from langgraph.graph import START, StateGraph
+from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
+
+from outlast import current_step, durable
+from tests.acceptance import points
+from tests.acceptance.world import LEDGER_URL, MODEL_URL, asked
+
+INPUTS = {"trio": {"messages": [("user", "trip")]}, "fan": {"log": ["start"]}}
+
+
+# --- the model
+
+
+def model(**options: Any) -> ChatOpenAI:
+    """The scripted model, behind OpenAI's own client. Before a request and after its answer there is a point."""
+
+    def before(request: Any) -> None:
+        points.reached(f"model {asked(json.loads(request.content))} before")
+
+    def after(response: Any) -> None:
+        response.read()
+        points.reached(f"model {asked(json.loads(response.request.content))} after")
+
+    async def abefore(request: Any) -> None:
+        before(request)
+
+    async def aafter(response: Any) -> None:
+        await response.aread()
+        points.reached(f"model {asked(json.loads(response.request.content))} after")
+
+    # A connection each: event loops come and go, and a pooled connection belongs to one of them. No certificates: they
+    # take longer to load than a run takes.
+    alone: dict[str, Any] = {"headers": {"Connection": "close"}, "verify": False}
+    return ChatOpenAI(
+        model="scripted",
+        base_url=os.environ[MODEL_URL],
+        api_key="none",
+        max_retries=0,
+        http_client=DefaultHttpxClient(event_hooks={"request": [before], "response": [after]}, **alone),
+        http_async_client=DefaultAsyncHttpxClient(event_hooks={"request": [abefore], "response": [aafter]}, **alone),
+        **options,
+    )
+
+
+# --- the tools
+
+
+def _booking(name: str, city: str) -> dict[str, Any]:
+    points.reached(f"tool {name} before")
+    body = {"tool": name, "city": city, "idempotency_key": current_step().idempotency_key}
+    return {"url": f"{os.environ[LEDGER_URL]}/bookings", "json": body}
+
+
+def _booked(name: str, city: str, answer: httpx.Response) -> str:
+    answer.raise_for_status()
+    points.reached(f"tool {name} after")
+    return f"{name} of {city}"
+
+
+def book(name: str, city: str) -> str:
+    """Enter something into the ledger, with the key of the step."""
+    return _booked(name, city, httpx.post(**_booking(name, city), timeout=60, verify=False))
+
+
+async def abook(name: str, city: str) -> str:
+    """Async face of `book`."""
+    async with httpx.AsyncClient(timeout=60, verify=False) as client:
+        return _booked(name, city, await client.post(**_booking(name, city)))
+
+
+def tool(name: str, artifact: bool = False) -> StructuredTool:
+    """A tool that books under its name."""
+
+    def run(city: str) -> Any:
+        said = book(name, city)
+        return (said, {"city": city}) if artifact else said
+
+    async def arun(city: str) -> Any:
+        said = await abook(name, city)
+        return (said, {"city": city}) if artifact else said
+
+    how = {"response_format": "content_and_artifact"} if artifact else {}
+    return StructuredTool.from_function(run, arun, name=name, description=f"To {name}.", **how)
+
+
+# --- the agents
+
+
+def trio() -> Any:
+    """LangChain's own agent: the model wants three tools at once, then ends."""
+    return create_agent(model(), [tool("search"), tool("price", artifact=True), tool("book")])
+
+
+class Plan(TypedDict, total=False):
+    log: Annotated[list[str], operator.add]
+    messages: Annotated[list[AnyMessage], operator.add]
+
+
+def fan(is_async: bool) -> Any:
+    """One node with two model calls at once, then four tool calls at once (two of them equal), then a model call."""
+    chat = model()
+    city = {"city": "Rome"}
+    tools = {"search": tool("search"), "price": tool("price", artifact=True), "book": tool("book")}
+
+    def work(state: Plan) -> Any:
+        first = chat.batch(["outline", "check"])
+        used = RunnableParallel(**tools, again=tools["book"]).invoke(city)
+        last = chat.invoke("polish")
+        return {"log": [used[name] for name in sorted(used)], "messages": [*first, last]}
+
+    async def awork(state: Plan) -> Any:
+        first = await asyncio.gather(chat.ainvoke("outline"), chat.ainvoke("check"))
+        used = await asyncio.gather(*(tools[name].ainvoke(city) for name in ("book", "book", "price", "search")))
+        last = await chat.ainvoke("polish")
+        return {"log": used, "messages": [*first, last]}
+
+    def end(state: Plan) -> Any:
+        return {"log": ["end"]}
+
+    builder = StateGraph(Plan).add_node("work", awork if is_async else work).add_node("end", end)
+    return builder.add_edge(START, "work").add_edge("work", "end").compile()
+
+
+def make(name: str, is_async: bool = False) -> Any:
+    """An agent by name, durable."""
+    match name:
+        case "trio":
+            return durable(trio(), name=name)
+        case "fan":
+            return durable(fan(is_async), name=name)
+    raise ValueError(name)

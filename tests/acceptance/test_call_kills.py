@@ -1,0 +1,84 @@
+"""A run killed by SIGKILL at every model call and tool call makes no recorded call again."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.acceptance.scenario import Scenario, Stage, died
+from tests.acceptance.world import World, around
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(300)]
+
+MODEL_CALLS = {"trio": {"trip": 1, "after-tool": 1}, "fan": {"outline": 1, "check": 1, "polish": 1}}
+BOOKED = {"trio": {"search": 1, "price": 1, "book": 1}, "fan": {"search": 1, "price": 1, "book": 2}}
+WHEN = ("before", "during", "after")
+
+
+def _undisturbed(stage: Stage, order: dict[str, Any]) -> tuple[Any, list[str]]:
+    """What an undisturbed run ends with, and the points it goes through."""
+    with stage.scenario("undisturbed") as scenario, around(scenario) as world:
+        scenario.fork("call_roles.submit", **order, **_names()).check()
+        assert world.model_calls == MODEL_CALLS[order["agent"]]
+        assert world.booked == BOOKED[order["agent"]]
+        return scenario.json("result"), scenario.trace
+
+
+def _names() -> dict[str, str]:
+    unique = secrets.token_hex(4)
+    return {"thread": f"thread-{unique}", "run_id": f"run-{unique}"}
+
+
+def _killed_at(point: str, expected: Any, order: dict[str, Any], scenario: Scenario) -> None:
+    """Play the story of one kill."""
+    names = _names()
+    scenario.at("kill_at", point)
+    with around(scenario) as world:
+        first = scenario.fork("call_roles.submit", **order, **names)
+        first.wait()
+        if not died(first):
+            # Calls at once may be recorded by fewer commits than they were the first time.
+            assert first.returncode == 0, first.tail()
+            assert point.startswith(("Swap", "Create", "Save")), f"{point} was not reached"
+        else:
+            made = world.model_calls, world.tool_calls
+            scenario.fork("call_roles.recover", **order, **names).check(60)
+            _check(world, made, scenario.json("recorded"), order["agent"])
+        assert world.booked == BOOKED[order["agent"]]
+    assert scenario.json("result") == expected
+
+
+def _check(world: World, made: tuple[Counter[str], Counter[str]], recorded: dict[str, list[str]], agent: str) -> None:
+    """Only what was in flight at the kill may have been made twice."""
+    for kind, before, calls in (
+        ("model", made[0], world.model_calls),
+        ("tool", made[1], world.tool_calls),
+    ):
+        for name, count in calls.items():
+            in_flight = before[name] and name not in recorded[kind]
+            assert count <= (2 if in_flight else 1), f"{kind} call {name} made {count} times; recorded: {recorded}"
+    assert set(world.model_calls) == set(MODEL_CALLS[agent])
+    assert len(world.tool_calls) == sum(BOOKED[agent].values()), "a call made again had another idempotency key"
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("agent", ["trio", "fan"])
+def test_a_run_survives_a_kill_at_every_call(stage: Stage, agent: str, is_async: bool) -> None:
+    order = {"agent": agent, "is_async": is_async}
+    expected, trace = _undisturbed(stage, order)
+    calls = {f"model {name}" for name in MODEL_CALLS[agent]} | {f"tool {name}" for name in BOOKED[agent]}
+    assert {f"{call} {when}" for call in calls for when in WHEN} <= set(trace)
+    commits = [point for point in dict.fromkeys(trace) if point.endswith(WHEN) and point.split()[1] in ("j", "t")]
+    assert sum(" j " in point for point in commits) >= 6, "calls are recorded one after another in both agents"
+    # Recording is the same code in async: there a third of it will do. The thread's commits have a matrix of their own.
+    points = sorted(f"{call} {when}" for call in calls for when in WHEN)
+    points += [point for number, point in enumerate(commits) if number % (3 if is_async else 1) == 0 and " j " in point]
+    points += [point for number, point in enumerate(commits) if number % 6 == 0 and " t " in point]
+    stories = {point.replace(" ", "-"): functools.partial(_killed_at, point, expected, order) for point in points}
+    wrong = stage.play_all(stories)
+    report = "\n\n".join(f"=== killed at {name}: {what}" for name, what in wrong.items())
+    assert not wrong, f"{len(wrong)} of {len(points)} kills: {', '.join(wrong)}\n{report}"
