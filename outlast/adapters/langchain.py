@@ -13,16 +13,23 @@ import json
 import logging
 import sys
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final, cast
 
-from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
+from langchain_core.callbacks import (
+    BaseCallbackHandler,
+    CallbackManager,
+    adispatch_custom_event,
+    dispatch_custom_event,
+)
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.outputs.chat_generation import merge_chat_generation_chunks
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel
 
@@ -100,40 +107,42 @@ def _agenerate(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stream(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def stream(self: BaseChatModel, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def stream(self: BaseChatModel, input: Any, config: Any = None, **kwargs: Any) -> Iterator[Any]:
         here = steps.scope()
         if here is None or not self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             # Without streaming of its own the model is invoked, which is a step by itself.
-            yield from method(self, *args, **kwargs)
+            yield from method(self, input, config, **kwargs)
             return
-        original = self._stream
+        original, told = self._stream, _Told(self, config)
 
         def chunks(messages: list[BaseMessage], *more: Any, **options: Any) -> Iterator[ChatGenerationChunk]:
             call = _model_call(here, self, messages, {**options, "args": more})
             call = _merged(call)
-            return _streamed(steps.perform(here, call, _announce), lambda: original(messages, *more, **options))
+            return _streamed(steps.perform(here, call, told.mark), lambda: original(messages, *more, **options))
 
-        yield from method(_with(self, _stream=chunks), *args, **kwargs)
+        yield from method(_with(self, _stream=chunks), input, told.config, **kwargs)
 
     return stream
 
 
 def _astream(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    async def stream(self: BaseChatModel, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def stream(self: BaseChatModel, input: Any, config: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
         here = steps.scope()
         if here is None or not self._should_stream(async_api=True, **{**kwargs, "stream": True}):
-            async for chunk in method(self, *args, **kwargs):
+            async for chunk in method(self, input, config, **kwargs):
                 yield chunk
             return
-        original = self._astream
+        original, told = self._astream, _Told(self, config)
 
         def chunks(messages: list[BaseMessage], *more: Any, **options: Any) -> AsyncIterator[ChatGenerationChunk]:
             call = _model_call(here, self, messages, {**options, "args": more})
             call = _merged(call)
-            return _astreamed(steps.perform(here, call, _announce), lambda: original(messages, *more, **options))
+            return _astreamed(steps.perform(here, call, told.set), lambda: original(messages, *more, **options))
 
-        async for chunk in method(_with(self, _astream=chunks), *args, **kwargs):
+        async for chunk in method(_with(self, _astream=chunks), input, told.config, **kwargs):
+            if told:
+                await told.amark()
             yield chunk
 
     return stream
@@ -458,6 +467,28 @@ class _Flag:
 
     def __bool__(self) -> bool:
         return self._set
+
+
+class _Told(_Flag):
+    """A streamed model run that is marked as replayed: LangChain tells the model's `_stream` nothing of its run."""
+
+    def __init__(self, model: BaseChatModel, config: Any) -> None:
+        super().__init__()
+        self.config = ensure_config(config)
+        self.run_id = self.config["run_id"] = self.config.get("run_id") or uuid.uuid4()
+        self.tags, self.metadata = self.config.get("tags") or [], self.config.get("metadata") or {}
+        self._callbacks = (self.config.get("callbacks"), model.callbacks, model.verbose)
+
+    @property
+    def handlers(self) -> list[BaseCallbackHandler]:
+        return CallbackManager.configure(*self._callbacks).handlers
+
+    def mark(self) -> None:
+        _mark_model(self)
+
+    async def amark(self) -> None:
+        self._set = False
+        await _amark_model(self)
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `outlast demo`, `worker`, `sidecar`, `runs`, `show`, `migrate` and `doctor`.
+"""The command line: `outlast demo`, `worker`, `sidecar`, `runs`, `show`, `answer`, `retry`, `cancel`, …
 
 Data goes to stdout, everything else to stderr. Exit status: 0 all right, 1 an error (with a message that names the
 mend), 2 wrong usage.
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from outlast.cli import act
 from outlast.cli._console import complain, print_line
 from outlast.cli.demo import command as demo
 from outlast.cli.doctor import command as doctor
@@ -36,6 +37,9 @@ app.command("worker")(worker)
 app.command("sidecar")(sidecar)
 app.command("runs")(list_runs)
 app.command("show")(show)
+app.command("answer")(act.answer)
+app.command("retry")(act.retry)
+app.command("cancel")(act.cancel)
 app.command("migrate")(migrate)
 app.command("doctor")(doctor)
 

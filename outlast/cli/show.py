@@ -18,7 +18,9 @@ from rich.text import Text
 from outlast.cli._console import OUT, AsJson, Store, Verbose, iso, local, print_json, print_table, say, status_text
 from outlast.cli._store import opened
 from outlast.cli.runs import as_dict
-from outlast.recovery import runs
+from outlast.errors import OutlastError
+from outlast.recovery import journal, runs
+from outlast.recovery.codec import Codec
 from outlast.recovery.runs import RunInput, Typed
 from outlast.recovery.runtime import Runtime
 
@@ -39,8 +41,10 @@ def command(
 
     With --json, an object: the keys of `outlast runs --json`, and epoch, worker, workflow, cancel_requested, result
     (null if there is none, {"unreadable": why} if it takes your own code to read it), interrupts ([{id, value}]),
-    checkpoints ([{checkpoint_id, namespace, step, source, ran, next, time, run_id}], oldest first; null where
-    langgraph is not installed), and with --payload submitted.
+    question (what outlast itself asks: {id, kind, step, text, request}, or null), steps ([{type, name, outcome,
+    request, error, attempt, started, seconds, input_tokens, output_tokens}], oldest first), checkpoints
+    ([{checkpoint_id, namespace, step, source, ran, next, time, run_id}], oldest first; null where langgraph is not
+    installed), and with --payload submitted.
     """
     if not verbose:
         # "Blocked deserialization": that is what is meant here.
@@ -65,6 +69,8 @@ def _found(runtime: Runtime, run_id: str, payload: bool, limit: int) -> dict[str
         "cancel_requested": head.cancel,
         "result": None,
         "interrupts": [],
+        "question": None,
+        "steps": None,
         "checkpoints": None,
     }
     try:
@@ -75,6 +81,9 @@ def _found(runtime: Runtime, run_id: str, payload: bool, limit: int) -> dict[str
     loads = _history.strict().loads_typed
     if head.result:
         found["result"] = _readable(loads, runtime.client.run(runs.read_typed(run_id, head.result)))
+    if head.status == "waiting" and head.question:
+        found["question"] = _readable(loads, runtime.client.run(runs.read_typed(run_id, head.question[2])))
+    found["steps"] = _steps(runtime, run_id, _history.strict())
     saver = _history.reader(runtime.client)
     try:
         if head.status == "waiting":
@@ -96,6 +105,32 @@ def _readable(loads: Callable[[Typed], Any], stored: Typed) -> Any:
         return loads(stored)
     except Exception as error:  # whatever a serialiser that did not write it may raise
         return {"unreadable": f"{stored[0]}: {error}"}
+
+
+def _steps(runtime: Runtime, run_id: str, codec: Codec) -> list[dict[str, Any]] | None:
+    """Return the recorded steps of a run, or None if it takes the agent's own code to read them."""
+    try:
+        recorded = runtime.client.run(journal.read(run_id, codec))
+    except OutlastError:
+        raise
+    except Exception as error:  # whatever a serialiser that did not write it may raise
+        say(f"the steps of run {run_id!r} cannot be read without the agent's own serialiser: {error}")
+        return None
+    return [
+        {
+            "type": record.type,
+            "name": record.name,
+            "outcome": record.kind,
+            "request": record.request,
+            "error": f"{record.error['type']}: {record.error['message']}" if record.error else None,
+            "attempt": record.attempt,
+            "started": iso(record.started),
+            "seconds": round(record.ended - record.started, 3),
+            "input_tokens": record.usage.input if record.usage else None,
+            "output_tokens": record.usage.output if record.usage else None,
+        }
+        for record in recorded
+    ]
 
 
 def _submitted(submitted: RunInput) -> Any:
@@ -134,6 +169,9 @@ def _print(found: dict[str, Any]) -> None:
         rows.append(("error", Text(f"{found['error']['type']}: {found['error']['message']}", "red")))
     for item in found["interrupts"]:
         rows.append(("waits for", Text.assemble(f"answer {item['id']}: ", _line(item["value"]))))
+    if found["question"]:
+        rows.append(("asks", Text(found["question"].get("text") or str(found["question"]), "yellow")))
+        rows.append(("", f"answer it with `outlast answer {found['run_id']} ...`"))
     for name, value in rows:
         head.add_row(name, value if isinstance(value, Text) else Text(str(value)))
     print_table(head)
@@ -141,6 +179,9 @@ def _print(found: dict[str, Any]) -> None:
         _section("submitted", found["submitted"])
     if found["result"] is not None:
         _section("result", found["result"])
+    if found["steps"]:
+        OUT.print(Text("\nsteps", "bold"))
+        print_table(_step_table(found["steps"]))
     if found["checkpoints"]:
         OUT.print(Text("\ncheckpoints", "bold"))
         print_table(_checkpoints(found))
@@ -194,6 +235,29 @@ def _checkpoints(found: dict[str, Any]) -> Table:
             _local(step["time"]),
             Text("this" if mine else step["run_id"] or "none", "" if mine else "dim"),
             *([Text(step["namespace"])] if nested else []),
+        )
+    return table
+
+
+def _step_table(recorded: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("type", "name", "outcome"):
+        table.add_column(name, no_wrap=True)
+    for name in ("attempt", "seconds", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("request", overflow="ellipsis", no_wrap=True)
+    for row in recorded:
+        tokens = "" if row["input_tokens"] is None else f"{row['input_tokens']}+{row['output_tokens']}"
+        style = "red" if row["outcome"] == "error" else ""
+        said = f"{row['error']} <- {row['request']}" if row["error"] else row["request"]
+        table.add_row(
+            row["type"],
+            row["name"],
+            Text(row["outcome"], style),
+            str(row["attempt"]),
+            f"{row['seconds']:.3f}",
+            tokens,
+            Text(said.replace("\n", " ")[:200], style),
         )
     return table
 

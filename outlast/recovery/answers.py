@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from outlast.errors import RunStateError
 from outlast.recovery import runs
 from outlast.recovery.codec import Codec
-from outlast.recovery.runs import RunHead
-from outlast.recovery.runtime import Runtime
+from outlast.recovery.runs import RunHead, Typed
 from outlast.recovery.steps import Question
+
+if TYPE_CHECKING:
+    from outlast.recovery.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,17 @@ def allow(
     return Answer("allow", more={name: value for name, value in more.items() if value})
 
 
-_FITTING = {"in_doubt": ("done", "again", "fail"), "budget": ("allow", "fail")}
+_PLAIN: Final = "outlast-json"
+"""Tag of an answer given without the agent's own serialiser."""
+_FITTING: Final = {"in_doubt": ("done", "again", "fail"), "budget": ("allow", "fail")}
+_ABOUT: Final = {"in_doubt": "a step in doubt", "budget": "its budget"}
 
 
 def question(runtime: Runtime, codec: Codec, head: RunHead) -> Question | None:
     """Return what outlast asks of a waiting run, or None."""
     if head.status != "waiting" or not head.question or head.answers:
         return None
-    typed = runtime.client.run(runs.read_typed(head.run_id, head.question[1]))
+    typed = runtime.client.run(runs.read_typed(head.run_id, head.question[2]))
     return Question(**codec.loads_typed(typed))
 
 
@@ -75,10 +81,27 @@ def give_answer(runtime: Runtime, codec: Codec, run_id: str, answer: Answer) -> 
         RunNotFoundError: If there is no such run.
         RunStateError: If it asks nothing, or the answer does not fit the question.
     """
-    asked = question(runtime, codec, runtime.client.run(runs.read(run_id)))
-    if asked is None:
+    _give(runtime, run_id, answer, codec.dumps_typed(vars(answer)))
+
+
+def give_plain_answer(runtime: Runtime, run_id: str, answer: Answer) -> None:
+    """Answer as `give_answer`, from a process that has not the agent. A result must be plain data."""
+    _give(runtime, run_id, answer, (_PLAIN, json.dumps(vars(answer)).encode()))
+
+
+def _give(runtime: Runtime, run_id: str, answer: Answer, typed: Typed) -> None:
+    head = runtime.client.run(runs.read(run_id))
+    if head.status != "waiting" or not head.question or head.answers:
         raise RunStateError(f"run {run_id!r} asks nothing that done(), again(), fail() or allow() would answer")
-    if answer.do not in _FITTING[asked.kind]:
-        fitting = " or ".join(f"{name}(...)" for name in _FITTING[asked.kind])
-        raise RunStateError(f"run {run_id!r} asks: {asked.text}; answer {fitting}, not {answer.do}()")
-    runtime.answer(run_id, asked.id, codec.dumps_typed(vars(answer)))
+    question_id, kind, _ = head.question
+    if answer.do not in _FITTING[kind]:
+        fitting = " or ".join(f"{name}(...)" for name in _FITTING[kind])
+        raise RunStateError(f"run {run_id!r} asks about {_ABOUT[kind]}: answer {fitting}, not {answer.do}()")
+    runtime.answer(run_id, question_id, typed)
+
+
+def loads(codec: Codec, typed: Typed) -> dict[str, Any]:
+    """Return the contents of an answer."""
+    kind, data = typed
+    found: dict[str, Any] = json.loads(data) if kind == _PLAIN else codec.loads_typed(typed)
+    return found

@@ -17,15 +17,15 @@ from outlast.recovery import runs, steps
 from outlast.recovery.attempt import Agent, Attempt, Outcome
 from outlast.recovery.failures import describe
 from outlast.recovery.journal import Record
+from outlast.recovery.policy import Policies
 from outlast.recovery.runs import RunHead
 
 logger = logging.getLogger("outlast.worker")
 
 
-def deadline(head: RunHead, agent: Agent) -> float:
+def deadline(head: RunHead, policies: Policies) -> float:
     """Return the Unix time by which a run must have ended."""
-    timeout = agent.policies.timeout
-    return math.inf if timeout is None else head.created + timeout
+    return math.inf if policies.timeout is None else head.created + policies.timeout
 
 
 def again_at(agent: Agent, attempt: Attempt, outcome: Outcome) -> float | None:
@@ -72,7 +72,7 @@ def _outcome(agent: Agent, attempt: Attempt) -> Outcome:
     if head.cancel:
         error = RunCancelledError(f"run {head.run_id!r} was cancelled")
         return Outcome("failed", error=describe(error), exception=error)
-    end = deadline(head, agent)
+    end = deadline(head, agent.policies)
     if time.time() < end:
         outcome = agent.advance(attempt)
         if outcome.status in ("done", "failed") or time.time() < end:

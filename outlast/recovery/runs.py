@@ -74,7 +74,7 @@ class RunHead:
         cancel: Whether somebody asked the run to end; `compensate`: and to undo its finished steps.
         retries: How often the run was tried again after it had failed.
         until: Unix time until which a sleeping run sleeps.
-        question: Id of what outlast itself asks while the run waits, and the name of the record that says it.
+        question: What outlast itself asks while the run waits: its id, its kind, and the name of the record of it.
         answers: Names of the records of answers not yet consumed, by id of the question.
         ending: Status and error the run is to end with, once its steps are undone.
         created, updated: Unix times in seconds.
@@ -99,7 +99,7 @@ class RunHead:
     compensate: bool = False
     retries: int = 0
     until: float = 0.0
-    question: tuple[str, str] | None = None
+    question: tuple[str, str, str] | None = None
     answers: dict[str, str] = field(default_factory=dict)
     ending: tuple[Status, tuple[str, str] | None] | None = None
     created: float = field(default_factory=time.time)
@@ -304,13 +304,13 @@ def settle(
     result: Typed | None = None,
     error: tuple[str, str] | None = None,
     until: float = 0.0,
-    question: tuple[str, Typed] | None = None,
+    question: tuple[str, str, Typed] | None = None,
     retried: bool = False,
 ) -> Steps[RunHead]:
     """Write down how the attempt of `head` ended.
 
     Args:
-        question: Id and content of what outlast asks.
+        question: Id, kind and content of what outlast asks.
         retried: Whether the run has failed and is tried again.
 
     Raises:
@@ -319,9 +319,10 @@ def settle(
     name = head.result
     if result:
         name, _ = yield from _store(head.run_id, records.RESULT, list(result), limit)
-    asked: tuple[str, str] | None = None
+    asked: tuple[str, str, str] | None = None
     if question:
-        asked = (question[0], (yield from _store(head.run_id, records.RESULT, list(question[1]), limit))[0])
+        record, _ = yield from _store(head.run_id, records.RESULT, list(question[2]), limit)
+        asked = (question[0], question[1], record)
 
     def end(now: RunHead) -> RunHead | None:
         if now.status == status and now.result == name and now.running is None:

@@ -17,6 +17,7 @@ from outlast.checkpointer.thread import ThreadLog
 from outlast.errors import OutlastError, RunNotFoundError
 from outlast.recovery import runs
 from outlast.recovery.attempt import Attempt
+from outlast.recovery.ending import deadline
 from outlast.recovery.runs import RunHead
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Watch:
     def _round(self) -> None:
         if self._held:
             self.beat()
-        self._drain_cancelled()
+        self._drain_ending()
         self._abandon_hanging()
         self._give_back_lost()
         self._overtake_stale()
@@ -227,10 +228,11 @@ class Watch:
 
     # --- what others left undone
 
-    def _drain_cancelled(self) -> None:
+    def _drain_ending(self) -> None:
+        """Let attempts end at their next boundary whose runs are cancelled, or have taken too long."""
         held = {attempt.run_id: attempt for attempt in self._held.in_progress()}
         for head in self._client.run(runs.read_many(list(held))) if held else []:
-            if head.cancel:
+            if head.cancel or time.time() > deadline(head, held[head.run_id].policies):
                 held[head.run_id].drain()
 
     def _abandon_hanging(self) -> None:

@@ -30,6 +30,7 @@ from outlast.errors import (
     UnknownFormatError,
 )
 from outlast.recovery import runs
+from outlast.recovery.answers import loads
 from outlast.recovery.attempt import Agent, Attachment, Attempt, AttemptHungError, Outcome
 from outlast.recovery.budget import Account
 from outlast.recovery.ending import again_at, carry_on, deadline
@@ -222,7 +223,7 @@ class Worker:
 
     def _idle(self, head: RunHead, agent: Agent) -> Next | None:
         """Return what the workflow does if there is nothing to carry on now."""
-        now, end = time.time(), deadline(head, agent)
+        now, end = time.time(), deadline(head, agent.policies)
         if head.cancel or now >= end:
             return None
         if head.idle:
@@ -239,7 +240,7 @@ class Worker:
         if head.attempts > 1:
             self._client.run(journal.take_over())
         answers = {
-            question: agent.codec.loads_typed(self._client.run(runs.read_typed(head.run_id, name)))
+            question: loads(agent.codec, self._client.run(runs.read_typed(head.run_id, name)))
             for question, name in head.answers.items()
         }
         attempt = Attempt(
@@ -314,21 +315,21 @@ class Worker:
             self._runtime.failing(attempt.run_id, outcome.exception)
         if outcome.status == "failed":
             status = attempt.head.ending[0] if attempt.head.ending else status
-        question = outcome.question and (outcome.question.id, agent.codec.dumps_typed(vars(outcome.question)))
+        asked = outcome.question
+        question = (asked.id, asked.kind, agent.codec.dumps_typed(vars(asked))) if asked else None
         head = self._client.run(
             runs.settle(
                 attempt.head, status, limit, result=outcome.result, error=outcome.error,
-                until=failed or outcome.until or 0.0, question=question or None, retried=failed is not None,
+                until=failed or outcome.until or 0.0, question=question, retried=failed is not None,
             )
         )  # fmt: skip
         if head.status == "failed":
             logger.warning("run %s failed: %s", head.run_id, ": ".join(outcome.error or ()))
         if head.status == "accepted" or (head.status == "waiting" and (not head.idle or head.cancel)):
             return {"then": "again"}
-        if head.status == "sleeping":
-            return {"then": "pause", "seconds": max(0.0, head.until - time.time())}
-        self._runtime.settled(head)
-        return self._end(head) if head.ended else self._idle(head, agent) or {"then": "again"}
+        if head.ended:
+            return self._end(head)
+        return self._idle(head, agent) or {"then": "again"}
 
     def _end(self, head: RunHead) -> Next:
         self._runtime.settled(head)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from langchain_core.tools import tool
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-from outlast import durable
+from outlast import Budget, durable, step
 
 
 @dataclass
@@ -77,6 +78,38 @@ def slow_agent() -> Any:
     return builder.add_conditional_edges("slow", lambda state: "slow" if state["count"] < 6 else END).compile()
 
 
+@step
+def charge(amount: int) -> str:
+    """Charge a customer; written down from outside."""
+    _log(f"charge {amount}")
+    return f"charged {amount}"
+
+
+@tool
+def look(what: str) -> str:
+    """Look something up."""
+    _log(f"look {what}")
+    return what.upper()
+
+
+def _log(line: str) -> None:
+    with Path(os.environ["STEPS_LOG"]).open("a") as log:
+        log.write(line + "\n")
+
+
+def pay(state: State) -> State:
+    said = charge(7)
+    if not Path(os.environ["STEPS_LOG"]).with_name("open").exists():
+        raise ConnectionError("the shop is closed")
+    return {"notes": [Note(said), *(Note(look.invoke({"what": what})) for what in ("a", "b"))]}
+
+
+paying = durable(
+    StateGraph(State).add_node("pay", pay).add_edge(START, "pay").compile(),
+    name="paying",
+    budget=Budget(tool_calls=1, on_limit="ask"),
+)
+
 number = 42
 
 if __name__ == "__main__":
@@ -84,8 +117,8 @@ if __name__ == "__main__":
     handles = []
     for submission in submissions:
         name, run_id, given = submission.split("/")
-        chosen = {"sample": agent, "slow": slow_agent}[name]
-        first: Any = {"todo": given} if name == "sample" else {"count": int(given)}
+        chosen = {"sample": agent, "slow": slow_agent, "paying": paying}[name]
+        first: Any = {"count": int(given)} if name == "slow" else {"todo": given}
         config = {"configurable": {"thread_id": f"thread-of-{run_id}"}}
         handles.append(chosen.start(first, config, run_id=run_id))
         time.sleep(0.002)  # so that they differ in age
@@ -93,5 +126,5 @@ if __name__ == "__main__":
         try:
             if then == "wait":
                 handle.result(timeout=30)
-        except ValueError:
+        except (ValueError, ConnectionError):
             pass

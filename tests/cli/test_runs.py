@@ -69,8 +69,11 @@ def test_a_run_is_shown_whole(three: Cli) -> None:
         "cancel_requested",
         "result",
         "interrupts",
+        "question",
+        "steps",
         "checkpoints",
     }
+    assert (shown["question"], shown["steps"]) == (None, [])
     # A type of the user's own: its fields, without importing its module.
     assert shown["result"] == {"todo": "work", "notes": [{"text": "thought"}, {"text": "done"}]}
     steps = [(step["step"], step["source"], step["ran"], step["next"]) for step in shown["checkpoints"]]

@@ -27,18 +27,18 @@ class RunSaver(DaprSaver):
         after_commit: Called after each commit, with the changes of the index it made.
 
     Attributes:
-        namespaces: Those of the graphs that keep their state in this saver, as far as they have begun in this attempt.
+        begun: Namespaces of the graphs that keep their state in this saver, as far as they have begun in this attempt.
     """
 
     def __init__(self, base: DaprSaver, attempt: Attempt, after_commit: Callable[[list[Entry]], None]) -> None:
         super().__init__(serde=base.serde, client=base.client)
         self._lanes = Lanes(base.client, attempt.fence, after_commit)
         self._attempt = attempt
-        self.namespaces: set[str] = {""}
+        self.begun: set[str] = {""}
 
     def _entered(self, config: RunnableConfig) -> None:
         # Every graph that has a saver asks it for its state before anything runs in it.
-        self.namespaces.add(config["configurable"].get("checkpoint_ns", ""))
+        self.begun.add(config["configurable"].get("checkpoint_ns", ""))
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         self._entered(config)
@@ -92,7 +92,7 @@ class RunSaver(DaprSaver):
         if not isinstance(namespace, str):
             return "", 1
         segments = namespace.split(_SEPARATOR)
-        kept = max((at for at in range(len(segments)) if _SEPARATOR.join(segments[:at]) in self.namespaces), default=0)
+        kept = max((at for at in range(len(segments)) if _SEPARATOR.join(segments[:at]) in self.begun), default=0)
         names = [*segments[: kept + 1], *(segment.partition(":")[0] for segment in segments[kept + 1 :])]
         if kept + 1 < len(segments):
             names.append(f"{metadata.get('langgraph_step')}{metadata.get('langgraph_path')}")
