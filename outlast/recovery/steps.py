@@ -149,6 +149,7 @@ class StepCall:
         digest: Digest of the request.
         request: The request in words.
         id: What names the call within its place; the digest, if empty.
+        key: Names the call within its place instead of type, name and id.
         own: Policy it was marked with.
         usage: Tells the tokens of a result.
         dumps, loads: Turn the result into what the journal's codec stores, and back.
@@ -162,6 +163,7 @@ class StepCall:
     digest: str
     request: Callable[[], str]
     id: str = ""
+    key: str = ""
     own: StepPolicy | None = None
     usage: Callable[[Any], Usage | None] = lambda result: None
     dumps: Callable[[Any], Any] = lambda result: result
@@ -262,7 +264,8 @@ def perform(here: Scope, call: StepCall, replayed: Callable[[], None] = lambda: 
     attempt = here.attempt
     attempt.check()
     where, tried = here.locate()
-    key = "/".join(filter(None, (here.path, where, call.type, call.name, call.id or call.digest)))
+    named = call.key or f"{call.type}/{call.name}/{call.id or call.digest}"
+    key = "/".join(filter(None, (here.path, where, named)))
     round = (attempt.head.retries, tried)
     place = attempt.journal.take(key, round)
     if place.found is not None:
