@@ -329,7 +329,9 @@ def settle(
             return None
         if now.running != head.running or now.ended:
             raise FencedError(f"run {head.run_id!r} was taken over; what this attempt found is dropped")
-        now = spent(now, now.taken["signal"]) if now.taken else now
+        # An adapter that applies several signals at once notes them all.
+        for signal in (now.taken.get("signals") or [now.taken["signal"]]) if now.taken else ():
+            now = spent(now, signal)
         changed = replace(now, status=status, running=None, result=name, error=error, until=until, question=asked)
         return replace(changed, answers={}, retries=now.retries + retried)
 

@@ -19,6 +19,7 @@ STATE_STORE = "statestore"
 _LOOPBACK = "127.0.0.1"
 _ATTEMPTS = 3  # somebody else may take a port between our choosing it and the server's binding it
 _READY_SECONDS = 60
+_CONTROL = ("placement", "scheduler")
 
 
 def component(name: str, kind: str, metadata: Mapping[str, str], version: str = "v1") -> str:
@@ -130,6 +131,7 @@ class DaprCluster:
         self.components = dict(components or {})
         self._binaries = find()
         self._control: list[Child] = []
+        self._health: list[int] = []
         self._daprds: list[Daprd] = []
         self._placement_port = self._scheduler_port = 0
 
@@ -165,6 +167,18 @@ class DaprCluster:
     def stop_daprd(self, daprd: Daprd) -> None:
         daprd.kill()
         self._daprds.remove(daprd)
+
+    def kill_control(self, name: str) -> None:
+        """SIGKILL for `placement` or `scheduler`."""
+        self._control[_CONTROL.index(name)].kill()
+
+    def restart_control(self, name: str) -> None:
+        """Start `placement` or `scheduler` again, with the same ports and what it had on disk."""
+        number = _CONTROL.index(name)
+        self.kill_control(name)
+        before = self._control[number]
+        self._control[number] = Child(before.command, log=before.log, env=clean_env({}), cwd=self.root)
+        self._wait_healthy(self._control[number], self._health[number])
 
     def stop(self) -> None:
         """End every process this cluster started. It may be called twice."""
@@ -214,7 +228,8 @@ class DaprCluster:
                 "etcd-initial-cluster": f"scheduler-0=http://{_LOOPBACK}:{etcd_peer}",
             },
         )
-        for child, port in zip(self._control, (placement_health, scheduler_health), strict=True):
+        self._health = [placement_health, scheduler_health]
+        for child, port in zip(self._control, self._health, strict=True):
             self._wait_healthy(child, port)
 
     def _control_process(self, name: str, flags: Mapping[str, object]) -> None:
