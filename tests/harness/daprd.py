@@ -49,6 +49,7 @@ class Daprd:
     _command: Sequence[str | Path] = field(repr=False)
     _log: Path = field(repr=False)
     _child: Child | None = field(default=None, repr=False)
+    _host: str = _LOOPBACK
 
     @classmethod
     def make(cls, app_id: str, home: Path, files: Mapping[str, str], placement: str = "", scheduler: str = "") -> Self:
@@ -73,6 +74,15 @@ class Daprd:
         }
         return cls(app_id, grpc, http, [find() / "daprd", *_arguments(flags)], home / f"daprd-{grpc}.log")
 
+    def at(self, address: str, inside: Sequence[str] = ()) -> None:
+        """Before its start: let this address reach it, too, from other daprd and from here. `inside` starts it."""
+        listen = {
+            f"--dapr-listen-addresses={_LOOPBACK}": f"--dapr-listen-addresses={_LOOPBACK},{address}",
+            f"--dapr-internal-grpc-listen-address={_LOOPBACK}": f"--dapr-internal-grpc-listen-address={address}",
+        }
+        self._command = [*inside, *(listen.get(str(part), part) for part in self._command)]
+        self._host = address
+
     @property
     def child(self) -> Child:
         assert self._child is not None, "this daprd was never started"
@@ -89,10 +99,11 @@ class Daprd:
 
     @property
     def http_url(self) -> str:
-        return f"http://{_LOOPBACK}:{self.http_port}"
+        return f"http://{self._host}:{self.http_port}"
 
     def start(self) -> None:
-        self._child = Child(self._command, log=self._log, env=clean_env({}))
+        env = clean_env({} if self._host == _LOOPBACK else {"DAPR_HOST_IP": self._host})
+        self._child = Child(self._command, log=self._log, env=env)
         wait_for(self._ready, _READY_SECONDS, lambda: f"daprd of {self.app_id}; it said:\n{self.child.tail()}")
 
     def kill(self) -> None:
@@ -151,7 +162,7 @@ class DaprCluster:
         """Another sidecar, ready: of a new app, or one more replica of an app that has one already."""
         app_id = app_id or f"app-{secrets.token_hex(4)}"
         for attempt in range(_ATTEMPTS):
-            daprd = self._new_daprd(app_id)
+            daprd = self.new_daprd(app_id)
             try:
                 daprd.start()
             except AssertionError:
@@ -167,6 +178,11 @@ class DaprCluster:
     def stop_daprd(self, daprd: Daprd) -> None:
         daprd.kill()
         self._daprds.remove(daprd)
+
+    @property
+    def control_ports(self) -> list[int]:
+        """Where daprd finds placement and scheduler."""
+        return [self._placement_port, self._scheduler_port]
 
     def kill_control(self, name: str) -> None:
         """SIGKILL for `placement` or `scheduler`."""
@@ -245,7 +261,8 @@ class DaprCluster:
 
         wait_for(healthy, _READY_SECONDS, lambda: f"{name}; it said:\n{child.tail()}", every=0.05)
 
-    def _new_daprd(self, app_id: str) -> Daprd:
+    def new_daprd(self, app_id: str) -> Daprd:
+        """One that is not started yet, and that the caller ends."""
         home = self.root / app_id
         files = {"statestore.yaml": sqlite_store(home / "state.sqlite"), **self.components}
         placement, scheduler = (f"{_LOOPBACK}:{port}" for port in (self._placement_port, self._scheduler_port))
