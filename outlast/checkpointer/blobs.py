@@ -3,24 +3,21 @@
 A pack is the record of one commit: the checkpoints and writes in it and the small values they hold. A value is found by
 its locator:
 
-* `[pack, index]`: a value in a pack's table; one larger than `INLINE` is a record of its own that the table names. In
-  a pack's own rows its name is left empty;
+* `[pack, index]`: a value in a pack's table; one larger than `INLINE` is a record of its own that the table names;
 * `{"l": [length, base, tail]}`: a list, kept by segments. `tail` has up to `TAIL` pairs `[locator, items]`, one for
   each time the list grew; `base` is the locator of a node that holds what came before, merged into larger segments:
-  up to `_FAN` of its own, after those of the full nodes that it names (which name none themselves).
+  up to `FAN` of its own, after those of the full nodes that it names (which name none themselves).
   So a list that grows by one item a turn costs the same at every turn, and is read in a bounded number of bulk reads.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ormsgpack
-from pydantic import BaseModel
 
 from outlast.checkpointer import records
 from outlast.checkpointer.client import Steps, load
@@ -28,9 +25,8 @@ from outlast.errors import CorruptRecordError
 
 INLINE: Final = 16_384
 TAIL: Final = 16
-_FAN: Final = 32
-_MERGE_LIMIT: Final = 65_536
-_NODE: Final = "outlast-node"
+FAN: Final = 32
+NODE: Final = "outlast-node"
 
 Typed = tuple[str, bytes]
 Locator = Any
@@ -69,7 +65,7 @@ class PackWriter:
 
     def finish(self, limit: int) -> list[tuple[str, bytes]]:
         """Return the records of this commit, none with a value longer than `limit` bytes."""
-        body = _renamed({"b": self.table, "c": self.checkpoints, "w": self.writes}, self.name, "")
+        body = _packed({"b": self.table, "c": self.checkpoints, "w": self.writes}, self.name)
         whole = [(f"{self.key}-{self.name}", records.encode(records.PACK, body)), *self._large]
         parts = [part for key, data in whole for part in records.split(key, data, limit)]
         # What names others comes before them.
@@ -97,7 +93,7 @@ class PackReader:
         for name in missing:
             key = f"{self._key}-{name}"
             body = records.decode(key, records.PACK, found.get(key, b""))
-            self._packs[name] = records.build(key, functools.partial(_renamed, body, "", name))
+            self._packs[name] = records.build(key, functools.partial(_unpacked, body, name))
         return self._packs
 
     def fetch(self, locators: Sequence[Locator]) -> Steps[None]:
@@ -107,10 +103,10 @@ class PackReader:
         wanted += [segment for _, _, tail in lists for segment, _ in tail]
         bases = [base for _, base, _ in lists if base]
         yield from self._tables([*wanted, *bases])
-        nodes = [self._node(base) for base in bases]
+        nodes = [self.node(base) for base in bases]
         full = [up for node in nodes for up in node["u"]]
         yield from self._tables(full)
-        nodes += [self._node(up) for up in full]
+        nodes += [self.node(up) for up in full]
         yield from self._tables([segment for node in nodes for segment, _ in node["s"]])
 
     def _tables(self, locators: list[Locator]) -> Steps[None]:
@@ -144,8 +140,8 @@ class PackReader:
         place = (locator[0], locator[1])
         if place not in copied:
             kind, data = self.typed(locator)
-            if kind == _NODE:
-                node = self._node(locator)
+            if kind == NODE:
+                node = self.node(locator)
                 segments = [[self.copy(segment, pack, copied), count] for segment, count in node["s"]]
                 full = [self.copy(up, pack, copied) for up in node["u"]]
                 data = ormsgpack.packb({"s": segments, "u": full})
@@ -164,140 +160,67 @@ class PackReader:
             raise CorruptRecordError(f"a list of {self._key} has {len(items)} of {length} items")
         return items
 
-    def list_state(self, locator: Locator, items: list[Any], dumps: Callable[[Any], Typed]) -> ListState:
-        """Return what `store_list` must know of the list at `locator`, whose fetched value is `items`."""
-        _, base, tail = locator["l"]
-        return ListState([fingerprint(item, dumps) for item in items], base, tail, self._node(base) if base else None)
-
     def _segments(self, base: Locator | None) -> list[Locator]:
         if base is None:
             return []
-        last = self._node(base)
-        return [segment for node in (*map(self._node, last["u"]), last) for segment, _ in node["s"]]
+        last = self.node(base)
+        return [segment for node in (*map(self.node, last["u"]), last) for segment, _ in node["s"]]
 
-    def _node(self, locator: Locator) -> Any:
+    def node(self, locator: Locator) -> Any:
+        """Return the node of a list at `locator`, which was fetched."""
         kind, data = self.typed(locator)
-        if kind != _NODE:
+        if kind != NODE:
             raise CorruptRecordError(f"a list of {self._key} points to a value that is no node")
         return ormsgpack.unpackb(data)
 
 
-def _renamed(body: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """Return the body of a pack with the pack name `old` replaced by `new` in the locators of its rows."""
+def _packed(rows: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the rows of the pack `name` with short locators.
 
-    def renamed(locator: Locator) -> Locator:
+    A record of the same writer is the number by which it comes before this pack, and the tail of a list is columns.
+    """
+    writer, _, number = name.rpartition("-")
+
+    def short(record: str) -> int | str:
+        head, _, own = record.rpartition("-")
+        return int(number) - int(own) if head == writer else record
+
+    def change(locator: Locator) -> Locator:
         if isinstance(locator, dict):
             length, base, tail = locator["l"]
-            return {"l": [length, base and renamed(base), [[renamed(segment), count] for segment, count in tail]]}
-        return [new, locator[1]] if locator[0] == old else locator
+            columns = [short(segment[0]) for segment, _ in tail], [segment[1] for segment, _ in tail]
+            return {"l": [length, base and change(base), *columns, [count for _, count in tail]]}
+        return [short(locator[0]), locator[1]]
 
+    return _changed(rows, change)
+
+
+def _unpacked(rows: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the rows of the pack `name` with whole locators; the inverse of `_packed`."""
+    writer, _, number = name.rpartition("-")
+
+    def long(record: int | str) -> str:
+        return record if isinstance(record, str) else f"{writer}-{int(number) - record}"
+
+    def change(locator: Locator) -> Locator:
+        if isinstance(locator, dict):
+            length, base, names, places, counts = locator["l"]
+            tail = [[[long(record), place], count] for record, place, count in zip(names, places, counts, strict=True)]
+            return {"l": [length, base and change(base), tail]}
+        return [long(locator[0]), locator[1]]
+
+    return _changed(rows, change)
+
+
+def _changed(body: dict[str, Any], change: Callable[[Locator], Locator]) -> dict[str, Any]:
+    """Return the body of a pack with every locator in its rows changed."""
     checkpoints = [
-        [ns, checkpoint_id, parent_id, renamed(checkpoint), renamed(metadata), _each(channels, renamed)]
+        [ns, checkpoint_id, parent_id, change(checkpoint), change(metadata), _each(channels, change)]
         for ns, checkpoint_id, parent_id, checkpoint, metadata, channels in body["c"]
     ]
-    writes = [[*row[:6], renamed(row[6]), *row[7:]] for row in body["w"]]
+    writes = [[*row[:6], change(row[6]), *row[7:]] for row in body["w"]]
     return {"b": body["b"], "c": checkpoints, "w": writes}
 
 
-def _each(channels: dict[str, Locator], change: Callable[[Locator], Locator]) -> dict[str, Locator]:
+def _each(channels: dict[Any, Locator], change: Callable[[Locator], Locator]) -> dict[Any, Locator]:
     return {name: change(locator) for name, locator in channels.items()}
-
-
-@dataclass
-class ListState:
-    """A list as it was last stored, to find what has changed since.
-
-    Attributes:
-        prints: A fingerprint of each item.
-    """
-
-    prints: list[Any]
-    base: Locator | None
-    tail: list[list[Any]]
-    node: dict[str, Any] | None = None
-
-    @property
-    def locator(self) -> Locator:
-        return {"l": [len(self.prints), self.base, self.tail]}
-
-
-def store_list(items: list[Any], old: ListState | None, pack: PackWriter, dumps: Callable[[Any], Typed]) -> ListState:
-    """Store `items` in `pack`, sharing the segments of `old` that are unchanged, and return the new state."""
-    prints = [fingerprint(item, dumps) for item in items]
-    kept = _common(prints, old.prints) if old else 0
-    base: Locator | None = None
-    node: dict[str, Any] | None = None
-    tail: list[list[Any]] = []
-    covered = 0
-    if old and kept:
-        covered = len(old.prints) - sum(count for _, count in old.tail)
-        if kept >= covered:
-            base, node = old.base, old.node
-            for segment, count in old.tail:
-                if covered + count > kept:
-                    break
-                tail.append([segment, count])
-                covered += count
-        else:
-            covered = 0
-    if covered < len(items):
-        tail.append([pack.add(dumps(items[covered:])), len(items) - covered])
-    if len(tail) > TAIL:
-        base, node = _merge(items, node, tail, pack, dumps)
-        tail = []
-    return ListState(prints, base, tail, node)
-
-
-def _common(new: list[Any], old: list[Any]) -> int:
-    """Return how many items two lists have in common at their start."""
-    if new[: len(old)] == old:
-        return len(old)
-    return next((place for place, (a, b) in enumerate(zip(new, old, strict=False)) if a != b), min(len(new), len(old)))
-
-
-def fingerprint(item: Any, dumps: Callable[[Any], Typed]) -> Any:
-    """Return something that is equal for items that would be stored alike, and differs after an edit in place.
-
-    Quicker than serialising: a message's plain fields stand for themselves, and most of the others are empty.
-    """
-    kind = type(item)
-    if kind in _SCALARS:
-        return kind, item
-    if not isinstance(item, BaseModel):
-        return kind, _digest(item, dumps)
-    fields = [
-        value if type(value) in _SCALARS else _digest(value, dumps) if value else type(value)
-        for value in item.__dict__.values()
-    ]
-    return kind, fields, tuple(item.__dict__), item.__pydantic_extra__ and _digest(item.__pydantic_extra__, dumps)
-
-
-_SCALARS: Final = frozenset((str, int, float, bool, bytes, type(None)))
-
-
-def _digest(value: Any, dumps: Callable[[Any], Typed]) -> bytes:
-    try:
-        packed = ormsgpack.packb(value, option=ormsgpack.OPT_NON_STR_KEYS | ormsgpack.OPT_PASSTHROUGH_SUBCLASS)
-    except TypeError:
-        packed = b"".join((part.encode() if isinstance(part, str) else part) for part in dumps(value))
-    return hashlib.blake2b(packed, digest_size=16).digest()
-
-
-def _merge(
-    items: list[Any],
-    node: dict[str, Any] | None,
-    tail: list[list[Any]],
-    pack: PackWriter,
-    dumps: Callable[[Any], Typed],
-) -> tuple[Locator, dict[str, Any]]:
-    """Move `tail` into a new node, as one segment where that is small, and return its locator and content."""
-    covered = len(items) - sum(count for _, count in tail)
-    merged = dumps(items[covered:])
-    segments = [[pack.add(merged), len(items) - covered]] if len(merged[1]) <= _MERGE_LIMIT else tail
-    node = node or {"s": [], "u": []}
-    if node["s"] and len(node["s"]) + len(segments) > _FAN:
-        full = pack.add((_NODE, ormsgpack.packb({"s": node["s"], "u": []})))
-        node = {"s": segments, "u": [*node["u"], full]}
-    else:
-        node = {"s": [*node["s"], *segments], "u": node["u"]}
-    return pack.add((_NODE, ormsgpack.packb(node))), node

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from outlast.checkpointer.blobs import ListState, PackWriter
+from outlast.checkpointer.blobs import PackWriter
 from outlast.checkpointer.client import StateClient, Steps
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.life import Wish, keep
+from outlast.checkpointer.lists import ListState
 from outlast.checkpointer.thread import Fence, RewrittenError, ThreadLog
 from outlast.errors import FencedError
 

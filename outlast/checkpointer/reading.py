@@ -18,6 +18,7 @@ from outlast.checkpointer.blobs import PackReader
 from outlast.checkpointer.client import Steps
 from outlast.checkpointer.head import Entry, Head
 from outlast.checkpointer.lane import Lanes
+from outlast.checkpointer.lists import state_of
 from outlast.checkpointer.names import Names
 from outlast.checkpointer.registry import THREADS
 from outlast.checkpointer.requests import HIDDEN_NS, dumps
@@ -217,7 +218,7 @@ class Reads:
         lane.remember(row.ns, row.checkpoint_id, channels, generation)
         for name, locator in row.channels.items():
             if isinstance(locator, dict):
-                state = reader.list_state(locator, values[name], lambda value: dumps(self._serde, value))
+                state = state_of(reader, locator, values[name], lambda value: dumps(self._serde, value))
                 lane.remember_list(row.ns, name, state, generation)
 
 

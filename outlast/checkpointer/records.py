@@ -16,10 +16,15 @@ from outlast.errors import CorruptRecordError, SerializationError, UnknownFormat
 
 T = TypeVar("T")
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _MAGIC: Final = b"OL"
 _HEADER: Final = 8
 _COMPRESS: Final = 200
+_LONG: Final = 400
+_PAIR: Final = b"\x92"
+"""What begins an array of two in msgpack."""
+_RAW: Final = -15
+"""Deflate without header and checksum: the envelope has its own."""
 _DICTIONARY: Final = (
     b"tool_call_idtool_callsinvalid_tool_callsusage_metadatainput_tokensoutput_tokenstotal_tokensfinish_reasonmodel_name"
     b"langchain_core.messages.systemSystemMessagelangchain_core.messages.toolToolMessagestatussuccessartifact"
@@ -57,16 +62,40 @@ def encode(kind: str, body: Any) -> bytes:
         SerializationError: If `body` holds something msgpack has no form for.
     """
     try:
-        packed = ormsgpack.packb(body, option=_OPTIONS)
+        parts = _parted(body) if kind == PACK else [ormsgpack.packb(body, option=_OPTIONS)]
     except (TypeError, ValueError) as error:
         raise SerializationError(f"cannot serialise a record of kind {kind!r}: {error}") from error
-    return _seal(kind, packed)
+    return _seal(kind, *parts)
 
 
-def _seal(kind: str, body: bytes) -> bytes:
+def _parted(body: Any) -> list[bytes]:
+    """Return a pack as the ids and names in it, then its long values: each is compressed better apart."""
+    long = [row[1] for row in body["b"] if row[1] and len(row[1]) >= _LONG]
+    rows = [[row[0], len(row[1])] if row[1] and len(row[1]) >= _LONG else row for row in body["b"]]
+    packed = ormsgpack.packb({**body, "b": rows}, option=_OPTIONS)
+    return [_PAIR + packed, ormsgpack.packb(b"".join(long))]
+
+
+def _joined(parts: Any) -> Any:
+    """Return the body of a pack; the inverse of `_parted`."""
+    body, long = parts
+    place = 0
+    for row in body["b"]:
+        if isinstance(row[1], int):
+            row[1], place = long[place : place + row[1]], place + row[1]
+    if place != len(long):
+        raise ValueError(f"{len(long)} bytes of long values where {place} belong")
+    return body
+
+
+def _seal(kind: str, *parts: bytes) -> bytes:
+    body = b"".join(parts)
     if len(body) > _COMPRESS and kind != CHUNK:
-        packer = zlib.compressobj(6, zdict=_DICTIONARY)
-        small = packer.compress(body) + packer.flush()
+        packer = zlib.compressobj(9, wbits=_RAW, memLevel=9, zdict=_DICTIONARY)
+        *first, last = parts
+        # A block of its own for each part.
+        small = b"".join(packer.compress(part) + packer.flush(zlib.Z_BLOCK) for part in first)
+        small += packer.compress(last) + packer.flush()
         if len(small) < len(body):
             kind, body = kind.lower(), small
     head = _MAGIC + bytes((FORMAT,)) + kind.encode("ascii")
@@ -92,7 +121,7 @@ def _open(key: str, kinds: str, data: bytes) -> tuple[str, bytes]:
     if kind.isupper():
         return kind, data[_HEADER:]
     try:
-        return kind.upper(), zlib.decompressobj(zdict=_DICTIONARY).decompress(data[_HEADER:])
+        return kind.upper(), zlib.decompressobj(wbits=_RAW, zdict=_DICTIONARY).decompress(data[_HEADER:])
     except zlib.error as error:
         raise CorruptRecordError(f"record {key!r} is damaged: {error}; restore it from a backup") from error
 
@@ -106,9 +135,10 @@ def decode(key: str, kind: str, data: bytes) -> Any:
     """
     body = _open(key, kind, data)[1]
     try:
-        return ormsgpack.unpackb(body, option=_OPTIONS)
+        unpacked = ormsgpack.unpackb(body, option=_OPTIONS)
     except (ValueError, TypeError) as error:
         raise CorruptRecordError(f"record {key!r} is damaged: {error}; restore it from a backup") from error
+    return build(key, lambda: _joined(unpacked)) if kind == PACK else unpacked
 
 
 def build(key: str, make: Callable[[], T]) -> T:

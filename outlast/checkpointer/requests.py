@@ -8,10 +8,11 @@ from typing import Any, Final
 from langgraph.checkpoint.base import WRITES_IDX_MAP, ChannelVersions, Checkpoint, CheckpointMetadata
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from outlast.checkpointer.blobs import ListState, PackReader, PackWriter, Typed, store_list
+from outlast.checkpointer.blobs import PackReader, PackWriter, Typed
 from outlast.checkpointer.client import Steps
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.lane import Lane
+from outlast.checkpointer.lists import ListState, store_list
 from outlast.checkpointer.names import Names
 from outlast.checkpointer.upkeep import Row, WriteRow, row_of
 from outlast.errors import OutlastError, SerializationError

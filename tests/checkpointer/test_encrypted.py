@@ -25,9 +25,6 @@ from outlast.checkpointer.sidecar import Address
 from outlast.doctor import repair
 from outlast.embedded import EmbeddedSidecar
 
-MARK = "quokka"
-READABLE = re.compile(rf"{MARK}thread")
-
 
 class Inner(TypedDict):
     quokkainnerchannel: Annotated[list[str], operator.add]
@@ -92,7 +89,7 @@ def everything(path: Path) -> Iterator[tuple[str, bytes]]:
                     data = cell if isinstance(cell, bytes) else str(cell).encode()
                     yield table, data
                     if data[:2] == b"OL" and chr(data[3]).islower():
-                        yield table, zlib.decompressobj(zdict=records._DICTIONARY).decompress(data[8:])
+                        yield table, zlib.decompressobj(wbits=-15, zdict=records._DICTIONARY).decompress(data[8:])
 
 
 def leaks(path: Path) -> set[str]:

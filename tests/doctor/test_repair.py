@@ -154,7 +154,7 @@ def test_checkpoints_that_cannot_be_read(client: StateClient, saver: DaprSaver, 
 
 
 def test_a_damaged_head_is_named(client: StateClient, saver: DaprSaver) -> None:
-    client._perform(Save([(keys.thread_key("whole"), b"OL\x01Hxxxxxxx")]))
+    client._perform(Save([(keys.thread_key("whole"), b"OL\x02Hxxxxxxx")]))
     found = repair(client, grace=0)
     assert kinds(found) == [("damaged index", False)]
     assert found.left[0].where == "whole"
@@ -233,7 +233,7 @@ def test_runs(client: StateClient, saver: DaprSaver) -> None:
 
 
 def test_the_command(client: StateClient, saver: DaprSaver, tmp_path: Path, sidecar_env: dict[str, str]) -> None:
-    client._perform(Save([(keys.thread_key("whole"), b"OL\x01Hxxxxxxx")]))
+    client._perform(Save([(keys.thread_key("whole"), b"OL\x02Hxxxxxxx")]))
     done = doctor(tmp_path, sidecar_env, "--repair", "--json")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
