@@ -7,11 +7,33 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness.procs import Child, clean_env, free_ports, wait_for
+
+# It becomes what is run, which then ends with us. PostgreSQL does not run as root.
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--pdeathsig=KILL")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A PostgreSQL.
+
+    Attributes:
+        programs: The folder of its programs.
+        root: The root directory they see.
+        run: What to start them with.
+    """
+
+    programs: Path
+    root: Path = Path("/")
+    run: Sequence[str] = NOBODY if os.geteuid() == 0 else ()
+
+    def command(self, program: str, *arguments: str | Path) -> list[str]:
+        return [*self.run, str(self.programs / program), *map(str, arguments)]
 
 
 def binaries() -> Path | None:
@@ -22,25 +44,27 @@ def binaries() -> Path | None:
 
 
 @contextmanager
-def server() -> Iterator[str]:
+def server(installed: Installed | None = None, *settings: str) -> Iterator[str]:
     """Run a server with no data, and give its URL."""
-    folder = binaries()
-    assert folder is not None
-    # Not in pytest's folders, which only we see into: PostgreSQL does not run as root.
-    home = Path(tempfile.mkdtemp(prefix="outlast-pg-"))
-    user: list[str] = []
+    if installed is None:
+        folder = binaries()
+        assert folder is not None
+        installed = Installed(folder)
+    # Not in pytest's folders, which only we see into.
+    outside = Path(tempfile.mkdtemp(prefix="outlast-pg-", dir=installed.root / "tmp"))
+    home = Path("/") / outside.relative_to(installed.root)
     if os.geteuid() == 0:
-        shutil.chown(home, "nobody")
-        # It becomes the server itself, which then ends with us.
-        user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--pdeathsig=KILL"]
+        os.chown(outside, 65534, 65534)
     try:
-        data, (port,) = home / "data", free_ports(1)
-        initdb = [str(folder / "initdb"), "-D", str(data), "-U", "outlast", "-A", "trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*user, *initdb, "--locale=C"], check=True, capture_output=True, cwd="/")
-        command = [str(folder / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(home), "-F"]
-        with Child([*user, *command], log=home / "postgres.log", env=clean_env({}), cwd=Path("/")) as child:
-            ready = [str(folder / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
-            wait_for(lambda: subprocess.run(ready, check=False).returncode == 0, 30, "PostgreSQL", every=0.05)
+        (port,) = free_ports(1)
+        initdb = installed.command("initdb", "-D", home / "data", "-U", "outlast", "-A", "trust", "--no-sync")
+        subprocess.run([*initdb, "--encoding=UTF8", "--locale=C"], check=True, capture_output=True, cwd="/")
+        where = ("-D", home / "data", "-h", "127.0.0.1", "-p", str(port), "-k", home)
+        options = [part for setting in settings for part in ("-c", setting)]
+        command = installed.command("postgres", *where, "-F", *options)
+        with Child(command, log=outside / "postgres.log", env=clean_env({}), cwd=Path("/")) as child:
+            ready = installed.command("pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port))
+            wait_for(lambda: subprocess.run(ready, check=False).returncode == 0, 30, child.tail, every=0.05)
             try:
                 yield f"postgres://outlast@127.0.0.1:{port}/postgres"
             finally:
@@ -48,4 +72,4 @@ def server() -> Iterator[str]:
                 os.kill(child.pid, signal.SIGINT)
                 child.wait(30)
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(outside, ignore_errors=True)

@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
+
 from tests.harness.procs import free_ports
 from tests.migrate import postgres
-from tests.stores.downloads import maven, npm
+from tests.stores.downloads import built, debian, maven, npm
 from tests.stores.sidecar import Component
 from tests.stores.starting import LOOPBACK, CannotStart, checked, namespace, not_here, post, program, running, store
 
@@ -223,8 +225,38 @@ def _couchbase(home: Path) -> Iterator[Component]:
             yield Component("state.couchbase", settings)
 
 
+@contextlib.contextmanager
+def _documentdb() -> Iterator[str]:
+    """PostgreSQL with the extension that FerretDB needs, in a root directory of its own."""
+    if os.geteuid() != 0:
+        raise CannotStart("DocumentDB is run in a root directory of its own, and that needs root")
+    root = debian("postgresql-18-documentdb", "postgresql-18")
+    extensions = root / "usr/share/postgresql/18/extension"
+    if not (extensions / "postgis.control").exists():
+        # What Debian's alternatives would do.
+        (extensions / "postgis.control").symlink_to("postgis-3.control")
+    mounting = 'mount --bind /dev "$0/dev" && exec chroot "$0" "$@"'
+    run = ("unshare", "--mount", "sh", "-c", mounting, str(root), *postgres.NOBODY)
+    installed = postgres.Installed(Path("/usr/lib/postgresql/18/bin"), root, run)
+    loaded = "shared_preload_libraries=pg_cron,pg_documentdb_core,pg_documentdb"
+    with postgres.server(installed, loaded, "cron.database_name=postgres") as url:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION documentdb CASCADE")
+        yield url
+
+
+@store("mongodb", "FerretDB 2.7.0 on PostgreSQL 18 with DocumentDB 1.0")
+def _mongodb(home: Path) -> Iterator[Component]:
+    server = built("github.com/FerretDB/FerretDB/v2", "v2.7.0", "github.com/FerretDB/FerretDB/v2/cmd/ferretdb")
+    (port,) = free_ports(1)
+    with _documentdb() as url:
+        command = [server, f"--listen-addr={LOOPBACK}:{port}", f"--postgresql-url={url}", "--no-auth"]
+        command += ["--telemetry=disable", "--debug-addr=-", f"--state-dir={home}"]
+        with running(command, home / "ferretdb", LOOPBACK, port):
+            yield Component("state.mongodb", {"host": f"{LOOPBACK}:{port}", "databaseName": "dapr"})
+
+
 # --- what nothing here can start
 
 
-not_here("mongodb", "FerretDB", "mongod is in no registry; FerretDB needs PostgreSQL with the DocumentDB extension")
 not_here("ravendb", "RavenDB", "its embedded server needs a .NET runtime, which is in no registry here")
