@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from outlast.errors import RunCancelledError, RunTimeoutError, StepFailedError
+from outlast.errors import RunCancelledError, RunTimeoutError
 from outlast.recovery import runs, steps
 from outlast.recovery.attempt import Agent, Attempt, Outcome
+from outlast.recovery.codec import hides
 from outlast.recovery.failures import describe
 from outlast.recovery.journal import Record
 from outlast.recovery.policy import Policies
@@ -52,11 +53,13 @@ def carry_on(agent: Agent, attempt: Attempt) -> Outcome:
     if not attempt.head.ending:
         # Decided before the first is undone: an attempt that takes over must not go on with the run.
         status: runs.Status = "cancelled" if isinstance(outcome.exception, RunCancelledError) else "failed"
-        running = attempt.head.running
+        running, error = attempt.head.running, outcome.error
+        if error and hides(attempt.journal.codec):
+            error = (error[0], runs.HIDDEN)
         attempt.head = attempt.client.run(
             runs.change(
                 attempt.run_id,
-                lambda now: replace(now, ending=(status, outcome.error)) if now.running == running else None,
+                lambda now: replace(now, ending=(status, error)) if now.running == running else None,
             )
         )
     attempt.stop = None
@@ -66,8 +69,8 @@ def carry_on(agent: Agent, attempt: Attempt) -> Outcome:
 def _outcome(agent: Agent, attempt: Attempt) -> Outcome:
     head = attempt.head
     if head.ending:
-        kind, message = head.ending[1] or ("", "")
-        return Outcome("failed", error=head.ending[1], exception=StepFailedError(kind, message))
+        # The exception itself was lost with the worker that had it.
+        return Outcome("failed", error=head.ending[1])
     error: Exception
     if head.cancel:
         error = RunCancelledError(f"run {head.run_id!r} was cancelled")
@@ -135,7 +138,7 @@ def _undo_one(attempt: Attempt, record: Record, function: Callable[..., Any] | N
     assert here is not None
 
     def invoke() -> Any:
-        made = function(record.value, *args, **kwargs)
+        made = function(*args, **kwargs)
         return asyncio.run(_awaited(made)) if inspect.isawaitable(made) else made
 
     call = steps.StepCall(

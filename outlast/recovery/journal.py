@@ -62,7 +62,7 @@ class Record:
         attempt, epoch: The attempt that made it.
         started, ended: Unix times in seconds.
         usage: Of a model call.
-        undo: What `compensate` needs: where the function is, and the arguments of the call.
+        undo: What `compensate` needs: where the function is, and the result and the arguments of the call.
     """
 
     kind: Kind

@@ -235,7 +235,8 @@ class _Making:
         undo, codec = None, self.attempt.journal.codec
         if self.policy.compensate and self.call.arguments is not None:
             args, kwargs = self.call.arguments
-            undo = {"at": path_of(self.policy.compensate), "args": list(codec.dumps_typed([list(args), kwargs]))}
+            given = [[self.call.loads(value), *args], kwargs]
+            undo = {"at": path_of(self.policy.compensate), "args": list(codec.dumps_typed(given))}
         return self.record("result", value=value, usage=usage, undo=undo)
 
     def failure(self, error: Exception) -> Record:
@@ -409,7 +410,7 @@ def _resolve_doubt(making: _Making) -> Steps[Record | None]:
         making.attempt.end_with(Stop(question=question))
         raise AttemptStopped
     if answer is not None and answer["do"] == "done":
-        record = making.result(answer.get("result"))
+        record = making.result(call.dumps(answer.get("result")))
         yield from _settle(making, record)
         return record
     if policy == "fail" or (answer is not None and answer["do"] == "fail"):

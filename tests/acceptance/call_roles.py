@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from outlast import RunNotFoundError
+from outlast import RunFailedError, RunNotFoundError
 from outlast.checkpointer import DaprSaver
 from outlast.checkpointer import keys as names
 from outlast.recovery import journal
@@ -20,9 +21,9 @@ def submit(folder: str, thread: str, run_id: str, agent: str, is_async: bool) ->
     durable = calls.make(agent, is_async)
     config = {"configurable": {"thread_id": thread}, "run_id": run_id}
     if is_async:
-        out = asyncio.run(durable.ainvoke(calls.INPUTS[agent], config))
+        out = asyncio.run(durable.ainvoke(calls.input_of(agent), config))
     else:
-        out = durable.invoke(calls.INPUTS[agent], config)
+        out = _outcome(lambda: durable.invoke(calls.input_of(agent), config))
     roles.report(folder, durable, thread, run_id, out)
     default_runtime().stop()
 
@@ -38,17 +39,25 @@ def recover(folder: str, thread: str, run_id: str, agent: str, is_async: bool) -
     except RunNotFoundError:
         points.note("resubmitted")
         if is_async:
-            handle = asyncio.run(durable.astart(calls.INPUTS[agent], config, run_id=run_id))
+            handle = asyncio.run(durable.astart(calls.input_of(agent), config, run_id=run_id))
         else:
-            handle = durable.start(calls.INPUTS[agent], config, run_id=run_id)
-    roles.report(folder, durable, thread, run_id, handle.result(roles.PATIENCE))
+            handle = durable.start(calls.input_of(agent), config, run_id=run_id)
+    roles.report(folder, durable, thread, run_id, _outcome(lambda: handle.result(roles.PATIENCE)))
     default_runtime().stop()
+
+
+def _outcome(result: Callable[[], Any]) -> Any:
+    """What a run came to, its own failure included."""
+    try:
+        return result()
+    except (ValueError, RunFailedError) as error:
+        return str(error)
 
 
 def recorded(run_id: str) -> dict[str, list[str]]:
     """What of a run is recorded: the model's answers, and the idempotency keys of tool calls."""
     client = default_runtime().client
-    found: dict[str, list[str]] = {"model": [], "tool": []}
+    found: dict[str, list[str]] = {"model": [], "tool": [], "compensation": []}
     for record in client.run(journal.read(run_id, DaprSaver(client=client).serde)):
         if record.kind == "result":
             found[record.type].append(_named(run_id, record))
@@ -56,6 +65,6 @@ def recorded(run_id: str) -> dict[str, list[str]]:
 
 
 def _named(run_id: str, record: Any) -> str:
-    if record.type == "tool":
+    if record.type != "model":
         return names.digest(run_id, record.key, str(record.slot))
     return str(record.value["generations"][0][0].content).removesuffix("!")

@@ -14,14 +14,20 @@ from langchain_core.messages import AnyMessage
 from langchain_core.runnables import RunnableParallel
 from langchain_core.tools import StructuredTool
 from langchain_openai import ChatOpenAI
-from langgraph.graph import START, StateGraph
+from langgraph.graph import END, START, StateGraph
 from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
-from outlast import current_step, durable
+from outlast import Budget, Policies, RetryPolicy, StepPolicy, current_step, durable
 from tests.acceptance import points
 from tests.acceptance.world import LEDGER_URL, MODEL_URL, asked
 
-INPUTS = {"trio": {"messages": [("user", "trip")]}, "fan": {"log": ["start"]}}
+TRIP: Any = {"messages": [("user", "trip")]}
+EMPTY: Any = {"log": []}
+
+
+def input_of(agent: str) -> Any:
+    """What an agent is submitted with."""
+    return TRIP if agent.startswith(("trio", "careful")) else EMPTY
 
 
 # --- the model
@@ -137,11 +143,69 @@ def fan(is_async: bool) -> Any:
     return builder.add_edge(START, "work").add_edge("work", "end").compile()
 
 
+def parts(count: int) -> Any:
+    """One node with so many model calls, one after another."""
+    chat = model()
+
+    def work(state: Plan) -> Any:
+        return {"log": [str(chat.invoke(f"part {number}").content) for number in range(count)]}
+
+    return StateGraph(Plan).add_node("work", work).add_edge(START, "work").compile()
+
+
+def loop(count: int) -> Any:
+    """So many supersteps, each with one model call."""
+    chat = model()
+
+    def work(state: Plan) -> Any:
+        return {"log": [str(chat.invoke(f"part {len(state['log'])}").content)]}
+
+    def again(state: Plan) -> str:
+        return "work" if len(state["log"]) < count else END
+
+    builder = StateGraph(Plan).add_node("work", work).add_edge(START, "work")
+    return builder.add_conditional_edges("work", again, ["work", END]).compile().with_config(recursion_limit=count + 1)
+
+
+def undo(result: Any, *, city: str) -> None:
+    """Take back what a tool has booked. Its own step has a key of its own."""
+    book(f"undo-{str(result).partition(' ')[0]}", city)
+
+
+def journey() -> Any:
+    """Three bookings in a node, and a node that fails."""
+    tools = [tool(name) for name in ("train", "hotel", "guide")]
+
+    def reserve(state: Plan) -> Any:
+        return {"log": [each.invoke({"city": "Rome"}) for each in tools]}
+
+    def pay(state: Plan) -> Any:
+        raise ValueError("no money")
+
+    builder = StateGraph(Plan).add_node("reserve", reserve).add_node("pay", pay)
+    return builder.add_edge(START, "reserve").add_edge("reserve", "pay").compile()
+
+
 def make(name: str, is_async: bool = False) -> Any:
     """An agent by name, durable."""
-    match name:
+    kind, _, how = name.partition("-")
+    match kind:
         case "trio":
             return durable(trio(), name=name)
         case "fan":
             return durable(fan(is_async), name=name)
+        case "parts":
+            return durable(parts(int(how)), name=name)
+        case "loop":
+            return durable(loop(int(how)), name=name)
+        case "careful":
+            doubt: Any = how
+            return durable(trio(), name=name, policies=Policies(named={"book": StepPolicy(on_in_doubt=doubt)}))
+        case "thrifty":
+            return durable(parts(6), name=name, budget=Budget(model_calls=int(how), on_limit="ask"))
+        case "patient":
+            retry = RetryPolicy(hold=0)
+            return durable(parts(3), name=name, policies=Policies(models=StepPolicy(retry=retry)))
+        case "journey":
+            return durable(journey(), name=name, policies=Policies(tools=StepPolicy(compensate=undo)))
     raise ValueError(name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from langgraph.types import Command, Interrupt
 
+import outlast
 from outlast import RunNotFoundError, durable
 from outlast.checkpointer import DaprSaver
 from outlast.checkpointer.registry import ACTIVE
@@ -234,7 +235,14 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
             agent.get_run(order["run_id"]).resume(order["value"])
             return {}
         case "cancel":
-            agent.get_run(order["run_id"]).cancel()
+            agent.get_run(order["run_id"]).cancel(order.get("compensate", False))
+            return {}
+        case "question":
+            question = agent.get_run(order["run_id"]).question()
+            return {"question": vars(question) if question else None}
+        case "answer":
+            given = getattr(outlast, order["give"])(*order.get("args", ()), **order.get("more", {}))
+            agent.get_run(order["run_id"]).answer(given)
             return {}
         case "history":
             return {"history": _history(agent, order["thread"])}

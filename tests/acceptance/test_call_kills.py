@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -45,22 +44,21 @@ def _killed_at(point: str, expected: Any, order: dict[str, Any], scenario: Scena
             assert first.returncode == 0, first.tail()
             assert point.startswith(("Swap", "Create", "Save")), f"{point} was not reached"
         else:
-            made = world.model_calls, world.tool_calls
+            begun = {point.removesuffix(" before") for point in scenario.trace if point.endswith(" before")}
             scenario.fork("call_roles.recover", **order, **names).check(60)
-            _check(world, made, scenario.json("recorded"), order["agent"])
+            _check(world, begun, scenario.json("recorded"), order["agent"])
         assert world.booked == BOOKED[order["agent"]]
     assert scenario.json("result") == expected
 
 
-def _check(world: World, made: tuple[Counter[str], Counter[str]], recorded: dict[str, list[str]], agent: str) -> None:
-    """Only what was in flight at the kill may have been made twice."""
-    for kind, before, calls in (
-        ("model", made[0], world.model_calls),
-        ("tool", made[1], world.tool_calls),
-    ):
-        for name, count in calls.items():
-            in_flight = before[name] and name not in recorded[kind]
-            assert count <= (2 if in_flight else 1), f"{kind} call {name} made {count} times; recorded: {recorded}"
+def _check(world: World, begun: set[str], recorded: dict[str, list[str]], agent: str) -> None:
+    """Only what had begun before the kill, and was not recorded, may have been made twice."""
+    for name, count in world.model_calls.items():
+        in_flight = f"model {name}" in begun and name not in recorded["model"]
+        assert count <= (2 if in_flight else 1), f"model call {name} made {count} times; recorded: {recorded}"
+    for key, count in world.tool_calls.items():
+        in_flight = f"tool {world.tool_of(key)}" in begun and key not in recorded["tool"]
+        assert count <= (2 if in_flight else 1), f"tool call {key} made {count} times; recorded: {recorded}"
     assert set(world.model_calls) == set(MODEL_CALLS[agent])
     assert len(world.tool_calls) == sum(BOOKED[agent].values()), "a call made again had another idempotency key"
 

@@ -58,6 +58,16 @@ class World:
         """How often the ledger was asked under which key."""
         return Counter(call["key"] for call in self.ledger.calls())
 
+    def keys_of(self, tool: str) -> list[str]:
+        """The keys that the ledger was asked under for a tool, in order."""
+        return [call["key"] for call in self.ledger.calls() if call["request"]["tool"] == tool]
+
+    def tool_of(self, key: str) -> str:
+        """The tool that the ledger was asked by under a key."""
+        tools = {call["request"]["tool"] for call in self.ledger.calls() if call["key"] == key}
+        assert len(tools) == 1, f"{key} is the key of {tools}"
+        return str(tools.pop())
+
     @property
     def booked(self) -> Counter[str]:
         """What is in the ledger, by tool."""
