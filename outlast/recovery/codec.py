@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 Typed = tuple[str, bytes]
 
@@ -19,3 +19,11 @@ class Codec(Protocol):
 
     def loads_typed(self, data: Typed) -> Any:
         """Return the value that `dumps_typed` was given."""
+
+
+_PROBE: Final = "outlast-probe"
+
+
+def hides(codec: Codec) -> bool:
+    """Tell whether a codec encrypts: then nothing of the user's may be stored past it."""
+    return _PROBE.encode() not in codec.dumps_typed(_PROBE)[1]

@@ -142,7 +142,10 @@ class RunHandle(Generic[T]):
         if head.status == "failed":
             if self._attachment.failure is not None:
                 raise self._attachment.failure
-            raise RunFailedError(self.run_id, *(head.error or ("unknown", "")))
+            kind, message = head.error or ("unknown", "")
+            if head.message:
+                message = self._codec.loads_typed(self._runtime.client.run(runs.read_typed(self.run_id, head.message)))
+            raise RunFailedError(self.run_id, kind, message)
         if head.status in ("cancelled", "superseded", "rejected"):
             raise RunCancelledError(f"run {self.run_id!r} was {head.status}")
         value: T = self._codec.loads_typed(self._runtime.client.run(runs.read_typed(self.run_id, head.result)))

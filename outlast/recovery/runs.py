@@ -25,6 +25,8 @@ ENDED: Final = frozenset({"done", "failed", "cancelled", "superseded", "rejected
 
 Typed = tuple[str, bytes]
 
+HIDDEN: Final = "(encrypted)"
+"""Stands for the message of an error that is stored encrypted."""
 _NAMES = keys.RecordNames()
 
 
@@ -71,6 +73,7 @@ class RunHead:
         call: Name of the record of the signal whose options are in force; empty while those of the submission are.
         result: Name of the record of the newest result.
         error: Type and message of the exception the run failed with.
+        message: Name of the record of that message, where it may only be stored encrypted.
         cancel: Whether somebody asked the run to end; `compensate`: and to undo its finished steps.
         retries: How often the run was tried again after it had failed.
         until: Unix time until which a sleeping run sleeps.
@@ -95,6 +98,7 @@ class RunHead:
     call: str = ""
     result: str = ""
     error: tuple[str, str] | None = None
+    message: str = ""
     cancel: bool = False
     compensate: bool = False
     retries: int = 0
@@ -303,6 +307,7 @@ def settle(
     *,
     result: Typed | None = None,
     error: tuple[str, str] | None = None,
+    message: Typed | None = None,
     until: float = 0.0,
     question: tuple[str, str, Typed] | None = None,
     retried: bool = False,
@@ -310,6 +315,7 @@ def settle(
     """Write down how the attempt of `head` ended.
 
     Args:
+        message: The message of `error`, if that may only be stored encrypted.
         question: Id, kind and content of what outlast asks.
         retried: Whether the run has failed and is tried again.
 
@@ -324,6 +330,11 @@ def settle(
         record, _ = yield from _store(head.run_id, records.RESULT, list(question[2]), limit)
         asked = (question[0], question[1], record)
 
+    secret = ""
+    if message and error:
+        secret, _ = yield from _store(head.run_id, records.RESULT, list(message), limit)
+        error = (error[0], HIDDEN)
+
     def end(now: RunHead) -> RunHead | None:
         if now.status == status and now.result == name and now.running is None:
             return None
@@ -333,7 +344,7 @@ def settle(
         for signal in (now.taken.get("signals") or [now.taken["signal"]]) if now.taken else ():
             now = spent(now, signal)
         changed = replace(now, status=status, running=None, result=name, error=error, until=until, question=asked)
-        return replace(changed, answers={}, retries=now.retries + retried)
+        return replace(changed, message=secret, answers={}, retries=now.retries + retried)
 
     return (yield from change(head.run_id, end))
 
@@ -418,15 +429,17 @@ def retry(run_id: str) -> Steps[RunHead]:
     seen = yield from read(run_id)
     yield from ACTIVE.put(run_id, 1)
 
-    def again(now: RunHead) -> RunHead | None:
+    def anew(now: RunHead) -> RunHead | None:
         if now.retries == seen.retries + 1 and now.status == "accepted":
             return None
         if now.status != "failed" or now.ending:
             state = "its steps were undone" if now.status == "failed" else f"it is {now.status}"
             raise RunStateError(f"run {run_id!r} cannot be tried again: {state}; submit a new run")
-        return replace(now, status="accepted", error=None, retries=now.retries + 1, instance=_next_instance(now))
+        return replace(
+            now, status="accepted", error=None, message="", retries=now.retries + 1, instance=_next_instance(now)
+        )
 
-    head = yield from change(run_id, again)
+    head = yield from change(run_id, anew)
     yield from _line_up(head, True)
     return head
 

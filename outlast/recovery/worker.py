@@ -33,6 +33,7 @@ from outlast.recovery import runs
 from outlast.recovery.answers import loads
 from outlast.recovery.attempt import Agent, Attachment, Attempt, AttemptHungError, Outcome
 from outlast.recovery.budget import Account
+from outlast.recovery.codec import hides
 from outlast.recovery.ending import again_at, carry_on, deadline
 from outlast.recovery.failures import describe
 from outlast.recovery.journal import Journal
@@ -320,7 +321,9 @@ class Worker:
         head = self._client.run(
             runs.settle(
                 attempt.head, status, limit, result=outcome.result, error=outcome.error,
-                until=failed or outcome.until or 0.0, question=question, retried=failed is not None,
+                until=failed or outcome.until or 0.0, question=question,
+                message=agent.codec.dumps_typed(outcome.error[1]) if outcome.error and hides(agent.codec) else None,
+                retried=failed is not None,
             )
         )  # fmt: skip
         if head.status == "failed":

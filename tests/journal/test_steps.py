@@ -7,13 +7,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.tools import tool
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.graph import START, StateGraph
 from langgraph.types import RetryPolicy as NodeRetry
 
 from outlast import (
+    Budget,
     BudgetExceededError,
     CircuitBreaker,
     CircuitOpenError,
@@ -21,6 +25,8 @@ from outlast import (
     Policies,
     RetryPolicy,
     RunCancelledError,
+    RunFailedError,
+    RunHandle,
     RunStateError,
     RunTimeoutError,
     SerializationError,
@@ -30,7 +36,10 @@ from outlast import (
     durable,
     step,
 )
+from outlast.checkpointer.sidecar import Address
+from outlast.embedded import EmbeddedSidecar
 from outlast.recovery.runtime import Runtime
+from tests.checkpointer.test_encrypted import everything
 from tests.journal.conftest import Broken, State, Twice, one_node
 
 QUICK = RetryPolicy(attempts=3, backoff=0.01, jitter=0)
@@ -449,10 +458,6 @@ def test_a_cancelled_run_is_undone_if_asked(runtime: Runtime, name: Names) -> No
 
 
 def test_a_budget_that_fails_a_run(runtime: Runtime, name: Names) -> None:
-    from langchain_core.tools import tool
-
-    from outlast import Budget
-
     calls: list[int] = []
 
     @tool
@@ -469,3 +474,31 @@ def test_a_budget_that_fails_a_run(runtime: Runtime, name: Names) -> None:
     with pytest.raises(BudgetExceededError, match="tool_calls: 3 of 3 used"):
         handle.result(20)
     assert calls == [0, 1, 2]
+
+
+# --- secrets
+
+
+def test_with_an_encrypting_serialiser_nothing_of_the_users_is_readable(tmp_path: Path, name: Names) -> None:
+    serde = EncryptedSerializer.from_pycryptodome_aes(key=b"0123456789abcdef")
+
+    @step(compensate=undo)
+    def buy(what: str) -> str:
+        return f"bought-{what}"
+
+    def body(given: Any) -> None:
+        raise ValueError(f"failed-{buy('marker1')}")
+
+    with EmbeddedSidecar(tmp_path / "outlast.db") as sidecar:
+        runtime = Runtime("statestore", Address("127.0.0.1", sidecar.grpc_port, embedded=True))
+        handle = run(runtime, name(), body, serde=serde)
+        with pytest.raises(ValueError, match="failed-bought-marker1"):
+            handle.result(20)
+        assert handle._head().error == ("ValueError", "(encrypted)")
+        elsewhere = RunHandle(runtime, handle.run_id, serde, lambda run_id, value: None)
+        with pytest.raises(RunFailedError, match="failed-bought-marker1"):
+            elsewhere.result(20)
+        runtime.close()
+    values = [value for _, value in everything(tmp_path / "outlast.db")]
+    assert [value for value in values if handle.run_id.encode() in value], "what is readable is found"
+    assert not [value for value in values if b"marker1" in value]

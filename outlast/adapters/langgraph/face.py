@@ -97,7 +97,9 @@ class DurableGraph(Runnable[Any, Any]):
 
     @functools.cached_property
     def _saver(self) -> DaprSaver:
-        return DaprSaver(serde=self._given_serde, client=self._runtime.client)
+        own = self._graph.checkpointer
+        ttl = own.ttl_config if isinstance(own, DaprSaver) else None
+        return DaprSaver(serde=self._given_serde, client=self._runtime.client, ttl=ttl)
 
     @functools.cached_property
     def _bound(self) -> Pregel[Any, Any, Any, Any]:

@@ -31,8 +31,8 @@ class RunSaver(DaprSaver):
     """
 
     def __init__(self, base: DaprSaver, attempt: Attempt, after_commit: Callable[[list[Entry]], None]) -> None:
-        super().__init__(serde=base.serde, client=base.client)
-        self._lanes = Lanes(base.client, attempt.fence, after_commit)
+        super().__init__(serde=base.serde, client=base.client, ttl=base.ttl_config)
+        self._lanes = Lanes(base.client, attempt.fence, after_commit, self._wish)
         self._attempt = attempt
         self.begun: set[str] = {""}
 
