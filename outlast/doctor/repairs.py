@@ -17,7 +17,7 @@ from outlast.checkpointer.head import Entry, Head
 from outlast.checkpointer.registry import ACTIVE, RUNS, THREADS
 from outlast.checkpointer.thread import ThreadLog
 from outlast.errors import CorruptRecordError, OutlastError, RunNotFoundError, UnknownFormatError
-from outlast.recovery import runs
+from outlast.recovery import runs, turns
 
 _BATCH: Final = 20
 
@@ -87,6 +87,7 @@ def repair(
         if on_progress:
             on_progress(work.found)
     client.run(work.all_runs())
+    client.run(work.memories(client))
     return work.found
 
 
@@ -100,6 +101,17 @@ class _Repair:
 
     def note(self, kind: str, where: str, detail: str, mended: bool) -> None:
         self.found.findings.append(Finding(kind, where, detail, mended and not self._dry_run))
+
+    def memories(self, client: StateClient) -> Steps[None]:
+        """Look at the long-term store."""
+        try:
+            from outlast.doctor.memories import mend
+        except ModuleNotFoundError:
+            return  # without LangGraph nobody has written to it
+        try:
+            yield from mend(client, self.note, dry_run=self._dry_run, grace=self._grace)
+        except (CorruptRecordError, UnknownFormatError) as error:
+            self.note("damaged long-term store", "store", str(error), False)
 
     # --- threads
 
@@ -216,7 +228,7 @@ class _Repair:
             if head is None:
                 doubtful.append(run_id)
             elif head.ended:
-                yield from self._do(runs.release(head))
+                yield from self._do(turns.release(head))
                 self.note("ended run in the active set", run_id, f"it is {head.status}", True)
         for run_id in ids:
             head = yield from _run(run_id) if run_id not in active else _nothing()
@@ -254,7 +266,7 @@ class _Repair:
         if head is None or run_id not in (head.active, *head.queue) or (run is not None and not run.ended):
             return
         if run is not None:
-            yield from self._do(runs.release(run))
+            yield from self._do(turns.release(run))
         else:
 
             def leave(now: Head) -> Head | None:

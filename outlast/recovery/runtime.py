@@ -19,7 +19,7 @@ from outlast.checkpointer.client import Guarantee, Save, StateClient, Steps, loa
 from outlast.checkpointer.registry import RUNS
 from outlast.checkpointer.sidecar import Address, configured
 from outlast.errors import AgentNotFoundError, DuplicateAgentError, SidecarUnavailableError, StoreError
-from outlast.recovery import runs
+from outlast.recovery import runs, turns
 from outlast.recovery.attempt import Agent, Attachment, Publish
 from outlast.recovery.policy import Breakers
 from outlast.recovery.runs import RunHead, RunInput, Typed
@@ -176,14 +176,14 @@ class Runtime:
         """Accept a run and schedule its workflow. Returns whether this call made the run.
 
         Raises:
-            RunConflictError, ThreadBusyError: See `runs.accept`.
+            RunConflictError, ThreadBusyError: See `turns.accept`.
             SidecarUnavailableError: If no sidecar answers.
         """
         self.start_worker()
         if attach:
             self.attach(run_id, attach)
         limit = self.client.capabilities.quirks.max_value
-        head, mine = self.client.run(runs.accept(run_id, submitted, limit, queue))
+        head, mine = self.client.run(turns.accept(run_id, submitted, limit, queue))
         if not head.ended and head.status == "accepted":
             self.schedule(head)
         return mine
@@ -250,9 +250,9 @@ class Runtime:
         self.wake(run_id)
 
     def retry(self, run_id: str) -> RunHead:
-        """Let a failed run go on from where it failed. Errors as of `runs.retry`."""
+        """Let a failed run go on from where it failed. Errors as of `turns.retry`."""
         self.start_worker()
-        head = self.client.run(runs.retry(run_id))
+        head = self.client.run(turns.retry(run_id))
         self.schedule(head)
         return head
 
@@ -274,7 +274,7 @@ class Runtime:
 
     def supersede(self, run_id: str) -> None:
         """End a run that waits for an answer, in favour of a new one on its thread."""
-        successor = self.client.run(runs.supersede(run_id))
+        successor = self.client.run(turns.supersede(run_id))
         for other in filter(None, (run_id, successor)):
             self.wake(other)
 

@@ -15,7 +15,7 @@ from outlast.checkpointer.client import Get, Save, Steps
 from outlast.checkpointer.registry import ACTIVE, WORKERS
 from outlast.checkpointer.thread import ThreadLog
 from outlast.errors import OutlastError, RunNotFoundError
-from outlast.recovery import runs
+from outlast.recovery import runs, turns
 from outlast.recovery.attempt import Attempt
 from outlast.recovery.ending import deadline
 from outlast.recovery.runs import RunHead
@@ -219,7 +219,7 @@ class Watch:
             return False
         if run_id in self._overtaken and not self._unchanged(self._overtaken, run_id, head.instance):
             return True  # overtaken already: the new workflow has time to begin, unless it too went to the worker
-        changed = self._client.run(runs.overtake(head))
+        changed = self._client.run(turns.overtake(head))
         if changed:
             self._unchanged(self._overtaken, run_id, changed.instance)
             logger.warning("run %s: worker %s hangs; overtaken by workflow %s", run_id, worker, changed.instance)

@@ -29,7 +29,7 @@ from outlast.errors import (
     StoreError,
     UnknownFormatError,
 )
-from outlast.recovery import runs
+from outlast.recovery import runs, turns
 from outlast.recovery.answers import loads
 from outlast.recovery.attempt import Agent, Attachment, Attempt, AttemptHungError, Outcome
 from outlast.recovery.budget import Account
@@ -178,7 +178,7 @@ class Worker:
         try:
             head = self._client.run(runs.change(run_id, lambda now: _failed(now, failed)))
             self._runtime.settled(head)
-            self._client.run(runs.release(head))
+            self._client.run(turns.release(head))
         except (CorruptRecordError, UnknownFormatError) as unreleased:
             logger.error("run %s: its thread could not be given on: %s", run_id, unreleased)
             self._client.run(ACTIVE.discard(run_id))
@@ -209,7 +209,7 @@ class Worker:
         if head.cancel and not head.compensate:
             return self._end(self._client.run(runs.change(run_id, _cancelled)))
         self._watch.beat()
-        taken = self._client.run(runs.take_over(head, self.id, delivery["id"]))
+        taken = self._client.run(turns.take_over(head, self.id, delivery["id"]))
         if taken is None:
             head = self._client.run(runs.change(run_id, _queued))
             return self._end(head) if head.ended else {"then": "wait"}
@@ -336,7 +336,7 @@ class Worker:
 
     def _end(self, head: RunHead) -> Next:
         self._runtime.settled(head)
-        successor = self._client.run(runs.release(head))
+        successor = self._client.run(turns.release(head))
         if successor:
             self._runtime.wake(successor)
         return {"then": "end", "status": head.status}

@@ -20,7 +20,7 @@ from outlast.checkpointer.registry import ACTIVE, RUNS, THREADS
 from outlast.checkpointer.thread import ThreadLog
 from outlast.doctor import Repairs, repair
 from outlast.errors import CorruptRecordError
-from outlast.recovery import runs
+from outlast.recovery import runs, turns
 from outlast.recovery.runs import RunInput
 from tests.doctor.test_doctor import doctor
 
@@ -203,7 +203,7 @@ def test_a_commit_in_progress_outlives_the_search_for_orphans(client: StateClien
 def test_runs(client: StateClient, saver: DaprSaver) -> None:
     def accept(run_id: str, thread_id: str) -> runs.RunHead:
         submitted = RunInput("agent", thread_id, ("bytes", b""), "f")
-        return client.run(runs.accept(run_id, submitted, 1_000_000))[0]
+        return client.run(turns.accept(run_id, submitted, 1_000_000))[0]
 
     ended = accept("ended", "busy")
     client.run(runs.change("ended", lambda now: replace(now, status="done")))
