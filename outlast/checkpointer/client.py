@@ -1,31 +1,39 @@
-"""The state store seen through the sidecar: operations as values, one sync and one async driver for them.
+"""The state store seen through the sidecar: one sync and one async driver for the rules above it.
 
-Everything above writes generators that yield operations and get back results; nothing above knows gRPC. The two drivers
-below are all the code that is written twice.
+Everything above writes generators that yield operations and get back results; nothing above knows gRPC. What an
+operation is in requests is in `wire`; the drivers below send them, and are all the code that is written twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
-import binascii
-import hashlib
 import logging
-import re
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 from dapr.conf import settings
-from dapr.proto import api_service_v1, api_v1, common_v1
+from dapr.proto import api_service_v1, api_v1
 
-from outlast.checkpointer import quirks, records
+from outlast.checkpointer import quirks
+from outlast.checkpointer.operations import (
+    Create,
+    Delete,
+    Get,
+    Item,
+    Operation,
+    Pause,
+    Save,
+    Steps,
+    Swap,
+    Whole,
+    load,
+)
 from outlast.checkpointer.sidecar import Address, locate
+from outlast.checkpointer.wire import Calls, Capabilities, Guarantee, Request, Wire, code_of
 from outlast.errors import (
     RecordTooLargeError,
     SidecarUnavailableError,
@@ -34,14 +42,27 @@ from outlast.errors import (
     UnsupportedStoreError,
 )
 
+__all__ = [
+    "Capabilities",
+    "Create",
+    "Delete",
+    "Get",
+    "Guarantee",
+    "Item",
+    "Operation",
+    "Pause",
+    "Save",
+    "StateClient",
+    "Steps",
+    "Swap",
+    "Whole",
+    "load",
+]
+
 logger = logging.getLogger("outlast.store")
 
 T = TypeVar("T")
 
-Guarantee = Literal["exactly-once", "at-least-once"]
-"""What a store must be able to promise: see `StateClient`."""
-
-_FIRST_WRITE: Final = common_v1.StateOptions(concurrency=common_v1.StateOptions.CONCURRENCY_FIRST_WRITE)
 _OUTAGE: Final = 30.0
 """Seconds for which a sidecar that has answered before may be away, as when it is restarted."""
 _FIRST_CONTACT: Final = 5.0
@@ -54,105 +75,8 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.initial_reconnect_backoff_ms", 50),
 )
-
-
-@dataclass(frozen=True)
-class Item:
-    """A value read from the store. `data` is empty where there is none; `etag` is what a swap must show."""
-
-    data: bytes = b""
-    etag: str = ""
-
-
-@dataclass(frozen=True)
-class Get:
-    """Read `keys`; the result is a `dict[str, Item]` that has all of them."""
-
-    keys: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Save:
-    """Write `records`, whose keys nobody else writes. The result is None."""
-
-    records: Sequence[tuple[str, bytes]]
-    ttl: int | None = None
-
-
-@dataclass(frozen=True)
-class Create:
-    """Write `value` at `key` if nothing is there. The result is False where something was, or where that is unclear."""
-
-    key: str
-    value: bytes
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Write `records`, then `value` at `key` if its ETag still is `etag`.
-
-    The result is False where it no longer is, or where that is unclear: read the key back and look.
-    """
-
-    key: str
-    value: bytes
-    etag: str
-    records: Sequence[tuple[str, bytes]] = ()
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Tell, without asking the store, whether a swap would be carried out whole or not at all. The result is a bool."""
-
-    swap: Swap
-
-
-@dataclass(frozen=True)
-class Delete:
-    """Remove `keys`, whether they are there or not. The result is None."""
-
-    keys: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Wait for `seconds`. The result is None."""
-
-    seconds: float
-
-
-Operation = Get | Save | Create | Swap | Whole | Delete | Pause
-Steps = Generator[Operation, Any, T]
-"""A rule, written sans I/O: yields operations, is sent their results, returns a `T`."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What the sidecar says of a state store component, corrected by what is known of its kind.
-
-    Attributes:
-        guarantee: What the store really gives, whatever less was asked for.
-        etags: Whether it has ETags, sound ones or not.
-    """
-
-    component_type: str
-    version: str
-    transactional: bool
-    ttl: bool
-    quirks: quirks.Quirks
-    guarantee: Guarantee = "exactly-once"
-    etags: bool = True
-
-
-_Calls = Generator[tuple[str, Any], Any, T]
-"""An operation as requests: yields a method and its request, is sent the reply or the error, returns the result."""
-_WAIT: Final = "wait"
-"""In place of a method: the request is a number of seconds to sleep."""
 _WARNED: Final[set[tuple[str, str]]] = set()
 """Stores of which this process has said what they do not give."""
-_BULK: Final = 50
-_BULK_READ: Final = 100
-_CHUNK: Final = re.compile(r"-c\d+$")
 
 
 class StateClient:
@@ -226,57 +150,54 @@ class StateClient:
             return value
 
     def _perform(self, operation: Operation) -> Any:
-        if isinstance(operation, Pause):
-            return time.sleep(operation.seconds)
-        calls = self._calls(operation)
+        calls = self._patiently(operation)
         try:
-            method, request = next(calls)
+            asked = next(calls)
             while True:
-                if method == _WAIT:
-                    time.sleep(request)
-                    method, request = calls.send(None)
-                    continue
-                started = time.monotonic()
-                delay = 0.05
-                while True:
-                    try:
-                        reply: Any = getattr(self._stub, method)(request, metadata=self._metadata)
-                    except grpc.RpcError as error:
-                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < self._patience:
-                            time.sleep(delay)
-                            delay = min(delay * 2, 1.0)
-                            continue
-                        reply = error
-                    break
-                method, request = calls.send(reply)
+                asked = calls.send(self._answer(asked))
         except StopIteration as stop:
             return stop.value
 
     async def _aperform(self, operation: Operation) -> Any:
-        if isinstance(operation, Pause):
-            return await asyncio.sleep(operation.seconds)
-        stub = self._async_stub()
+        calls = self._patiently(operation)
+        try:
+            asked = next(calls)
+            while True:
+                asked = calls.send(await self._aanswer(asked))
+        except StopIteration as stop:
+            return stop.value
+
+    def _answer(self, asked: Request | Pause) -> Any:
+        if isinstance(asked, Pause):
+            return time.sleep(asked.seconds)
+        method, request = asked
+        try:
+            return getattr(self._stub, method)(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            return error
+
+    async def _aanswer(self, asked: Request | Pause) -> Any:
+        if isinstance(asked, Pause):
+            return await asyncio.sleep(asked.seconds)
+        method, request = asked
+        try:
+            return await getattr(self._async_stub(), method)(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            return error
+
+    def _patiently(self, operation: Operation) -> Calls[Any]:
+        """Carry an operation out; a request that finds no sidecar is made again for a while."""
         calls = self._calls(operation)
         try:
-            method, request = next(calls)
+            asked = next(calls)
             while True:
-                if method == _WAIT:
-                    await asyncio.sleep(request)
-                    method, request = calls.send(None)
-                    continue
-                started = time.monotonic()
-                delay = 0.05
-                while True:
-                    try:
-                        reply: Any = await getattr(stub, method)(request, metadata=self._metadata)
-                    except grpc.RpcError as error:
-                        if error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < self._patience:
-                            await asyncio.sleep(delay)
-                            delay = min(delay * 2, 1.0)
-                            continue
-                        reply = error
-                    break
-                method, request = calls.send(reply)
+                reply = yield asked
+                started, delay = time.monotonic(), 0.05
+                while code_of(reply) == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < self._patience:
+                    yield Pause(delay)
+                    delay = min(delay * 2, 1.0)
+                    reply = yield asked
+                asked = calls.send(reply)
         except StopIteration as stop:
             return stop.value
 
@@ -284,211 +205,14 @@ class StateClient:
     def _patience(self) -> float:
         return _OUTAGE if self._capabilities else _FIRST_CONTACT
 
-    # --- operations as gRPC calls: yields (method, request), is sent the reply or the RpcError
-
-    def _calls(self, operation: Operation) -> _Calls[Any]:
+    def _calls(self, operation: Operation) -> Calls[Any]:
+        if isinstance(operation, Pause):
+            yield operation
+            return None
         if self._capabilities is None:
             yield from self._discover()
-        match operation:
-            case Get():
-                return (yield from self._get(list(operation.keys)))
-            case Save():
-                self._refuse_too_large(operation.records)
-                yield from self._save(operation.records, operation.ttl)
-            case Create():
-                self._refuse_too_large([(operation.key, operation.value)])
-                return (yield from self._create(operation))
-            case Swap():
-                self._refuse_too_large([*operation.records, (operation.key, operation.value)])
-                return (yield from self._swap(operation))
-            case Whole():
-                return self.capabilities.quirks.whole and self._in_one(operation.swap)
-            case Delete():
-                for start in range(0, len(operation.keys), 100):
-                    yield from self._delete(operation.keys[start : start + 100])
-        return None
-
-    # The form in which values are stored is known here and nowhere else.
-
-    def _stored(self, data: bytes) -> bytes:
-        return base64.b64encode(data) if self.capabilities.quirks.text else data
-
-    def _item(self, data: bytes, etag: str) -> Item:
-        if data and self.capabilities.quirks.text:
-            try:
-                data = base64.b64decode(data, validate=True)
-            except binascii.Error:
-                pass  # not ours: whoever decodes the record says so
-        if not data:
-            return Item()
-        if not self.capabilities.etags:
-            # What a compare in place of a compare-and-swap goes by.
-            etag = hashlib.sha256(data).hexdigest()
-        return Item(data, etag)
-
-    def _refuse_too_large(self, pairs: Sequence[tuple[str, bytes]]) -> None:
-        limit = self.capabilities.quirks.max_value
-        for key, value in pairs:
-            if len(value) > limit:
-                raise RecordTooLargeError(
-                    f"record {key!r} has {len(value)} bytes, {self.capabilities.component_type} takes {limit}; "
-                    "nothing was written. Use a state store with larger values, such as state.postgresql"
-                )
-
-    def _get(self, keys: list[str]) -> _Calls[dict[str, Item]]:
-        if len(keys) == 1:
-            return {keys[0]: (yield from self._get_one(keys[0]))}
-        known = self.capabilities.quirks
-        found: dict[str, Item] = {}
-        batches = list(_by_size(keys, known))
-        while batches:
-            batch = batches.pop()
-            reply = yield (
-                "GetBulkState",
-                api_v1.state_pb2.GetBulkStateRequest(store_name=self.store, keys=batch, parallelism=10),
-            )
-            if _code(reply) == grpc.StatusCode.RESOURCE_EXHAUSTED and len(batch) > 1:
-                # The reply outgrew the sidecar's message limit: ask for half as much.
-                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-                continue
-            self._check(reply)
-            for item in reply.items:
-                if item.error and not (known.absent and known.absent in item.error):
-                    raise StoreError(f"state store {self.store!r} could not read {item.key!r}: {item.error}")
-                found[item.key] = self._item(item.data, item.etag)
-        if known.strong_reads:
-            # A bulk read has no consistency to ask for: what it does not see may be there all the same.
-            for key in keys:
-                if key not in found or not found[key].data:
-                    found[key] = yield from self._get_one(key)
-        return {key: found.get(key, Item()) for key in keys}
-
-    def _get_one(self, key: str) -> _Calls[Item]:
-        known = self.capabilities.quirks
-        options = common_v1.StateOptions
-        consistency = options.CONSISTENCY_STRONG if known.strong_reads else options.CONSISTENCY_UNSPECIFIED
-        reply = yield (
-            "GetState",
-            api_v1.state_pb2.GetStateRequest(store_name=self.store, key=key, consistency=consistency),
-        )
-        if known.absent and isinstance(reply, grpc.RpcError) and known.absent in (reply.details() or ""):
-            return Item()
-        self._check(reply)
-        return self._item(reply.data, reply.etag)
-
-    def _save(self, pairs: Sequence[tuple[str, bytes]], ttl: int | None = None) -> _Calls[None]:
-        capabilities = self.capabilities
-        metadata = {"ttlInSeconds": str(max(ttl, capabilities.quirks.min_ttl))} if ttl and capabilities.ttl else {}
-        batch: list[Any] = []
-        size = 0
-        depth = 0
-        for key, value in pairs:
-            data = self._stored(value)
-            # Small batches: a bulk save is not atomic and some components run it unbounded in parallel. What names
-            # other records is there before them, so that they can be found if this is cut short.
-            full = len(batch) >= _BULK or size + len(data) > quirks.MAX_MESSAGE - 500_000
-            if batch and (full or records.depth(key) != depth):
-                yield from self._save_batch(batch)
-                batch, size = [], 0
-            depth = records.depth(key)
-            batch.append(common_v1.StateItem(key=key, value=data, metadata=metadata))
-            size += len(data)
-        if batch:
-            yield from self._save_batch(batch)
-
-    def _save_batch(self, items: list[Any]) -> _Calls[None]:
-        reply = yield "SaveState", self._save_request(items)
-        if _code(reply) in (None, *_REFUSED) or len(items) == 1:
-            return self._check(reply)
-        # Some of it may be there, and no answer says which. Nobody else writes these keys: write them again.
-        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
-            yield from self._save_batch(half)
-
-    def _save_request(self, items: list[Any]) -> Any:
-        return api_v1.state_pb2.SaveStateRequest(store_name=self.store, states=items)
-
-    def _delete(self, keys: Sequence[str]) -> _Calls[None]:
-        states = [common_v1.StateItem(key=key) for key in keys]
-        reply = yield (
-            "DeleteBulkState",
-            api_v1.state_pb2.DeleteBulkStateRequest(store_name=self.store, states=states),
-        )
-        if _code(reply) in (None, *_REFUSED):
-            return self._check(reply)
-        # Some components fail on a key that is not there, and then it is not said what became of the others.
-        for key in keys:
-            if (yield from self._get_one(key)).data:
-                reply = yield "DeleteState", api_v1.state_pb2.DeleteStateRequest(store_name=self.store, key=key)
-                if _code(reply) is not None and (yield from self._get_one(key)).data:
-                    self._check(reply)
-
-    def _create(self, operation: Create) -> _Calls[bool]:
-        capabilities = self.capabilities
-        known = capabilities.quirks
-        value = self._stored(operation.value)
-        if capabilities.guarantee != "exactly-once":
-            if (yield from self._get_one(operation.key)).data:
-                return False
-            self._check((yield "SaveState", self._save_request([_plain(operation.key, value)])))
-            return True
-        if known.create == "etag":
-            item = _conditional(operation.key, value, known.no_etag)
-        else:
-            item = common_v1.StateItem(key=operation.key, value=value, options=_FIRST_WRITE)
-        if known.create == "settle":
-            if (yield from self._get_one(operation.key)).data:
-                return False
-            yield "SaveState", self._save_request([item])
-            # Whoever saw nothing there before this was written has written by then.
-            yield _WAIT, quirks.SETTLE
-            return (yield from self._get_one(operation.key)).data == operation.value
-        return self._settled((yield "SaveState", self._save_request([item])))
-
-    def _swap(self, operation: Swap) -> _Calls[bool]:
-        capabilities = self.capabilities
-        value = self._stored(operation.value)
-        if not capabilities.etags:
-            if (yield from self._get_one(operation.key)).etag != operation.etag:
-                return False
-            yield from self._save(operation.records)
-            self._check((yield "SaveState", self._save_request([_plain(operation.key, value)])))
-            return True
-        head = _conditional(operation.key, value, operation.etag)
-        pairs = operation.records
-        if not (pairs and self._in_one(operation)):
-            yield from self._save(pairs)
-            return self._settled((yield "SaveState", self._save_request([head])))
-        items = [_plain(key, self._stored(data)) for key, data in pairs]
-        reply = yield (
-            "ExecuteStateTransaction",
-            api_v1.state_pb2.ExecuteStateTransactionRequest(
-                storeName=self.store,
-                operations=[
-                    api_v1.state_pb2.TransactionalStateOperation(operationType="upsert", request=item)
-                    for item in (*items, head)
-                ],
-            ),
-        )
-        return self._settled(reply)
-
-    def _in_one(self, swap: Swap) -> bool:
-        """Tell whether a swap goes out as one transaction."""
-        capabilities = self.capabilities
-        known = capabilities.quirks
-        if not (capabilities.etags and capabilities.transactional):
-            return False
-        size = sum(len(data) for _, data in swap.records) * (4 if known.text else 3) // 3 + len(swap.value)
-        return size < known.max_transaction and len(swap.records) < known.max_operations
-
-    def _settled(self, reply: Any) -> bool:
-        """Tell whether a conditional write went through; components differ in how they say that it did not."""
-        code = _code(reply)
-        if code is None:
-            return True
-        if code in _REFUSED or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            self._check(reply)
-        logger.debug("conditional write not acknowledged: %s", code)
-        return False
+        assert self._capabilities is not None
+        return (yield from Wire(self.store, self._capabilities, self._check).calls(operation))
 
     # --- what the sidecar has
 
@@ -506,7 +230,7 @@ class StateClient:
         assert self._capabilities is not None
         return self._capabilities
 
-    def _discover(self) -> _Calls[None]:
+    def _discover(self) -> Calls[None]:
         reply = yield "GetMetadata", api_v1.metadata_pb2.GetMetadataRequest()
         self._check(reply)
         stores = {c.name: c for c in reply.registered_components if c.type.startswith("state.")}
@@ -558,7 +282,7 @@ class StateClient:
         )
 
     def _check(self, reply: Any) -> None:
-        code = _code(reply)
+        code = code_of(reply)
         if code is None:
             return
         details = reply.details() or ""
@@ -585,54 +309,3 @@ def _close(reference: weakref.ref[StateClient]) -> None:
     client = reference()
     if client is not None:
         client.close()
-
-
-_REFUSED: Final = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNIMPLEMENTED,
-)
-
-
-def _plain(key: str, value: bytes) -> Any:
-    return common_v1.StateItem(key=key, value=value)
-
-
-def _conditional(key: str, value: bytes, etag: str) -> Any:
-    return common_v1.StateItem(key=key, value=value, etag=common_v1.Etag(value=etag), options=_FIRST_WRITE)
-
-
-def _by_size(keys: Sequence[str], known: quirks.Quirks) -> Iterator[list[str]]:
-    """Cut `keys` into bulk reads. Chunks are as large as the store takes, so only a few of them fit in a reply."""
-    few = max(1, (quirks.MAX_MESSAGE - 500_000) // known.max_stored)
-    batch: list[str] = []
-    for key in keys:
-        chunks = bool(_CHUNK.search(key))
-        if len(batch) >= (few if chunks else _BULK_READ) or (batch and bool(_CHUNK.search(batch[0])) != chunks):
-            yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
-
-
-def _code(reply: Any) -> grpc.StatusCode | None:
-    return reply.code() if isinstance(reply, grpc.RpcError) else None
-
-
-def load(keys: Sequence[str]) -> Steps[dict[str, bytes]]:
-    """Read records by key, put together where they are stored in chunks. Absent ones are left out."""
-    if not keys:
-        return {}
-    items: dict[str, Item] = yield Get(keys)
-    parts = {key: records.chunk_keys(key, item.data) for key, item in items.items()}
-    wanted = [name for names in parts.values() for name in names]
-    chunks: dict[str, Item] = (yield Get(wanted)) if wanted else {}
-    found: dict[str, bytes] = {}
-    for key, item in items.items():
-        if parts[key]:
-            found[key] = records.join(key, item.data, {name: chunks[name].data for name in parts[key]})
-        elif item.data:
-            found[key] = item.data
-    return found

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from outlast.checkpointer import cells, keys, records
-from outlast.checkpointer.client import Delete, Save, Steps, load
+from outlast.checkpointer.client import Create, Steps, load
 from outlast.errors import CorruptRecordError
 
 Namespace = tuple[str, ...]
@@ -114,23 +114,24 @@ class Index:
 
     def _extend(self, namespace: Namespace, key: str) -> Steps[str]:
         """Return the page after the full one at `key`."""
-        new = yield from self._new_page(namespace)
+        new = yield from self._page(namespace, _number(key) + 1)
 
         def close(page: Any) -> Any:
             return None if page is None or page["x"] else {**page, "x": new, "d": not page["e"]}
 
+        def hint(node: Any) -> Any:
+            # Whoever starts from an older page walks on from there.
+            return {**node, "l": new} if _number(node["l"] or key) <= _number(key) else None
+
         closed = _present(key, (yield from cells.update(key, records.ENTRIES, close)))
-        if closed["x"] == new:
-            # A hint: whoever starts from an older page walks on from there.
-            yield from cells.update(node_key(namespace), records.NODE, lambda node: {**node, "l": new})
-        else:
-            yield Delete([new])
+        yield from cells.update(node_key(namespace), records.NODE, hint)
         following: str = closed["x"]
         return following
 
-    def _new_page(self, namespace: Namespace) -> Steps[str]:
-        key = f"{node_key(namespace)}-{self._names.next()}"
-        yield Save([(key, records.encode(records.ENTRIES, _EMPTY))])
+    def _page(self, namespace: Namespace, number: int) -> Steps[str]:
+        """Return the key of a page, which is there then: numbered, so that what a dead writer began is taken up."""
+        key = f"{node_key(namespace)}-e{number}"
+        yield Create(key, records.encode(records.ENTRIES, _EMPTY))
         return key
 
     # --- namespaces
@@ -145,15 +146,13 @@ class Index:
             linked = max((depth for depth, part in enumerate(path) if node_key(part) in known), default=0)
             for depth in range(linked, len(namespace)):
                 yield from self._link(path[depth], namespace[depth])
-            new = yield from self._new_page(namespace)
+            new = yield from self._page(namespace, 0)
             since = time.time_ns()
 
             def settle(now: Any) -> Any:
                 return None if now and now["f"] else {**(now or _blank(namespace)), "f": new, "s": since}
 
             node = yield from cells.update(node_key(namespace), records.NODE, settle)
-            if node["f"] != new:
-                yield Delete([new])
         tail: str = node["l"] or node["f"]
         return tail
 
@@ -162,13 +161,16 @@ class Index:
         known: tuple[Any, str] | None = yield from cells.read(key, records.NODE)
         full = known[0]["k"] if known and known[0] else []
         if len(full) >= _LABELS or sum(len(name.encode("utf-8", "surrogatepass")) for name in full) > _LABEL_BYTES:
-            # The sealed page is written before any node points to it; a lost race leaves it unreachable.
-            page = f"{key}-{self._names.next()}"
+            # Whoever creates the next page says what is in it, and it has its place before the node names it.
             assert known is not None
-            yield Save([(page, records.encode(records.PAGE, {"names": full, "before": known[0]["b"]}))])
+            before = known[0]["b"]
+            page = f"{key}-l{_number(before) + 1 if before else 0}"
+            yield Create(page, records.encode(records.PAGE, {"names": full, "before": before}))
+            sealed = frozenset(records.decode(page, records.PAGE, (yield from load([page])).get(page, b""))["names"])
 
             def seal(now: Any) -> Any:
-                return {**now, "k": [], "b": page} if now["k"] == full else None
+                left = [name for name in now["k"] if name not in sealed]
+                return {**now, "k": left, "b": page} if now["b"] == before else None
 
             yield from cells.update(key, records.NODE, seal)
             known = None
@@ -251,6 +253,11 @@ class Entries:
         """Link past the dead pages that were met."""
         for (kind, key), dead, alive in self._detours:
             yield from cells.update(key, kind, _past(kind, dead, alive))
+
+
+def _number(page: str) -> int:
+    """Return the number of a page of entries or labels."""
+    return int(page.rpartition("-")[2][1:])
 
 
 def _blank(namespace: Namespace) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _REFRESH: Final = 1.0
 """Seconds by which an expiry must move for a read to write it."""
 
 VALUE, VECTORS = "b", "x"
+_OF_VECTORS: Final = "-x"
 
 
 def item_key(namespace: Namespace, name: str) -> str:
@@ -193,18 +194,19 @@ class Items:
         writes = [_Write(draft, self._names.next()) for draft in drafts]
         new: dict[Namespace, list[_Write]] = {}
         for write in writes:
-            if write.draft.value is not None:
-                self._prepare(write)
-                if not known[write.draft.cell].live(now):
-                    new.setdefault(write.draft.namespace, []).append(write)
-        # Records of items to be created cannot share a transaction with the cell; those of others go with its swap.
-        early = [pair for write in writes if known[write.draft.cell].body is None for pair in write.records]
-        if early:
-            yield Save(early)
+            if write.draft.value is not None and not known[write.draft.cell].live(now):
+                new.setdefault(write.draft.namespace, []).append(write)
         for namespace, entering in new.items():
             places = yield from self._index.enter(namespace, [write.draft.cell for write in entering])
             for write in entering:
                 write.enter(places[write.draft.cell])
+        for write in writes:
+            if write.draft.value is not None:
+                self._prepare(write)
+        # Records of items to be created cannot share a transaction with the cell; those of others go with its swap.
+        early = [pair for write in writes if known[write.draft.cell].body is None for pair in write.records]
+        if early:
+            yield Save(early)
         garbage: list[str] = []
         left: list[Place] = []
         for write in writes:
@@ -226,6 +228,9 @@ class Items:
                 if draft.value is not None:
                     # The last try may have gone through and been overwritten since: what it wrote counts as a leftover.
                     write.place = None
+                    if not stored.live(self._clock()):
+                        places = yield from self._index.enter(draft.namespace, [draft.cell])
+                        write.enter(places[draft.cell])
                     self._prepare(write)
                     if write.records and stored.body is None:
                         yield Save(write.records)
@@ -254,19 +259,23 @@ class Items:
         raise StoreError(f"item {draft.name!r} of {draft.namespace!r} could not be written in {_TRIES} tries")
 
     def _prepare(self, write: _Write) -> None:
-        """Give a put records of its own, under names that nothing has yet."""
+        """Give a put records of its own, under names that nothing has yet.
+
+        Those of an item to be created are named after its entry in the index, by which they are found if the writer
+        dies before it has written the cell.
+        """
         draft, pairs = write.draft, list[tuple[str, bytes]]()
         assert draft.value is not None
+        name = write.place.token if write.place else self._names.next()
         value: list[Any] = list(draft.value)
         if len(draft.value[1]) > _INLINE:
-            value = self._record(draft, draft.value, pairs)
-        vectors = self._record(draft, draft.vectors, pairs) if draft.vectors else None
+            value = self._record(f"{draft.cell}-{name}", draft.value, pairs)
+        vectors = self._record(f"{draft.cell}-{name}{_OF_VECTORS}", draft.vectors, pairs) if draft.vectors else None
         write.body = {"n": list(draft.namespace), "k": draft.name, VALUE: value, VECTORS: vectors, "m": draft.ttl}
         write.records = pairs
         write.keys += [key for key, _ in pairs]
 
-    def _record(self, draft: Draft, typed: tuple[str, bytes], pairs: list[tuple[str, bytes]]) -> list[Any]:
-        key = f"{draft.cell}-{self._names.next()}"
+    def _record(self, key: str, typed: tuple[str, bytes], pairs: list[tuple[str, bytes]]) -> list[Any]:
         limit = self._client.capabilities.quirks.max_value
         parts = list(records.split(key, records.encode(records.VALUE, list(typed)), limit))
         pairs += parts
@@ -294,7 +303,7 @@ class Items:
                 stored = (yield from self.read([stored.cell]))[stored.cell]
 
     def clear(self, stale: Sequence[tuple[Stored, Place]]) -> Steps[int]:
-        """Delete items that have expired, and what deletes that were cut short have left behind.
+        """Delete items that have expired, and what deletes and puts that were cut short have left behind.
 
         Args:
             stale: Cells with the place of an entry that led there and is of no use any more, unless the cell has
@@ -306,6 +315,7 @@ class Items:
         garbage: list[str] = []
         left: list[Place] = []
         count = 0
+        begun = yield from self._begun([(stored, place) for stored, place in stale if not _is_of(stored, place)])
         for stored, place in stale:
             if stored.written and stored.place == place:
                 data = records.encode(records.ITEM, _tombstone(stored, self._names.next()))
@@ -315,9 +325,39 @@ class Items:
                 garbage += stored.records()
             elif not stored.written:
                 garbage += stored.records()
+            under_way = not stored.written and not _is_of(stored, place)
+            if (place in begun or under_way) and not (yield from self._fence(stored)):
+                continue
+            garbage += begun.get(place, ())
             left.append(place)
         yield from self._clear(garbage, left)
         return count
+
+    def _begun(self, stale: Sequence[tuple[Stored, Place]]) -> Steps[dict[Place, list[str]]]:
+        """Return the keys of the records of puts that have entered their item and not written its cell."""
+        roots = {f"{stored.cell}-{place.token}{part}": place for stored, place in stale for part in ("", _OF_VECTORS)}
+        items = (yield Get(list(roots))) if roots else {}
+        found: dict[Place, list[str]] = {}
+        for key, item in items.items():
+            if item.data:
+                found.setdefault(roots[key], []).extend([*records.chunk_keys(key, item.data), key])
+        return found
+
+    def _fence(self, stored: Stored) -> Steps[bool]:
+        """Change a cell, so that whoever has read it before does not write it any more, but begins anew."""
+        name = self._names.next()
+        if stored.body is None:
+            body = {"d": True, "t": "", "o": [], "r": [name]}
+            done = yield Create(stored.cell, records.encode(records.ITEM, body))
+        else:
+            body = {**stored.body, "r": _recent(stored, name)}
+            done = yield Swap(stored.cell, records.encode(records.ITEM, body), stored.etag)
+        return bool(done)
+
+
+def _is_of(stored: Stored, place: Place) -> bool:
+    """Tell whether the entry at `place` is of the life of the item that the cell is about, or was."""
+    return stored.body is not None and stored.body["t"] == place.token
 
 
 @dataclass

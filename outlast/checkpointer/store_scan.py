@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from outlast.checkpointer import cells, records
@@ -30,6 +30,7 @@ class Scan:
         self._seen: set[str] = set()
         self._moved: dict[str, Stored] = {}
         self._stale: list[tuple[Stored, Place]] = []
+        self._begun: list[tuple[Stored, Place]] = []
 
     def collect(self, stop: int | None, conditions: Mapping[str, Any] | None) -> Steps[list[Stored]]:
         """Return the first `stop` items (all, if None) that meet `conditions`; a filter as `search` takes it."""
@@ -59,7 +60,9 @@ class Scan:
                 self._moved[stored.cell] = stored
         elif stored.body is not None and stored.body["t"] == entry.place.token:
             self._stale.append((stored, entry.place))
-        # Else a put may be about to write the cell.
+        else:
+            # A put may be about to write the cell.
+            self._begun.append((stored, entry.place))
         return None
 
     def _accepted(self, rows: Any, conditions: Mapping[str, Any] | None) -> Steps[list[Stored]]:
@@ -67,6 +70,22 @@ class Scan:
             return list(rows)
         found = yield from self._items.contents(rows, VALUE)
         return [row for row, value in found.values() if accepts(value, conditions)]
+
+    @property
+    def begun(self) -> list[Place]:
+        """Entries that were met of items that are not there: of puts under way, or of writers that have died."""
+        return [place for _, place in self._begun]
+
+    def settle(self, places: Collection[Place]) -> Steps[None]:
+        """Clear away what was begun at these places; puts that are under way after all begin anew."""
+        cells_done: set[str] = set()
+        for stored, place in self._begun:
+            if place in places:
+                if stored.cell in cells_done:
+                    # To fence it off has changed the cell.
+                    stored = (yield from self._items.read([stored.cell]))[stored.cell]
+                yield from self._items.clear([(stored, place)])
+                cells_done.add(stored.cell)
 
     def tidy(self, limit: int | None = None) -> Steps[int]:
         """Clear away up to `limit` of what was met and is of no use. Returns how many expired items were among it."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from langgraph.store.base import Op, PutOp, SearchOp
 
 from outlast.checkpointer import DaprStore, store_index, store_items
-from outlast.checkpointer.client import Create, Delete, Get, Item, Operation, Pause, Save, Steps, Swap
+from outlast.checkpointer.client import Create, Delete, Get, Item, Operation, Pause, Save, StateClient, Steps, Swap
+from outlast.doctor.memories import mend
 
 NAMESPACE = ("memories", "u1")
 
@@ -342,6 +344,66 @@ def test_death_at_every_request(before: list[Op], ops: list[Op], answered: bool)
         opened(shelf).batch(ops)
         assert_sound(partial(opened, shelf), names, spaces)
         assert state(shelf) == new
+
+
+def unreachable(shelf: Shelf) -> set[str]:
+    """The keys of records that neither an item's cell nor a namespace leads to."""
+    reached: set[str] = set()
+    for depth in range(4):
+        key = store_index.node_key((*NAMESPACE, "b")[:depth])
+        reached |= {key, *(f"{key}-{kind}{number}" for kind in "el" for number in range(20))}
+    rows = shelf.run(opened(shelf)._items.read(key for key in shelf.data if re.fullmatch(r"m-\w+", key)))
+    reached |= {name for cell, row in rows.items() for name in (cell, *row.records())}
+    return shelf.data.keys() - reached
+
+
+@pytest.mark.parametrize(("before", "ops"), [pytest.param(*rest, id=name) for name, *rest in scenarios()])
+@pytest.mark.parametrize("answered", [True, False], ids=["after", "before"])
+def test_what_a_dead_writer_leaves_is_found(before: list[Op], ops: list[Op], answered: bool) -> None:
+    found: list[Any] = []
+    for number in range(1, 80):
+        shelf = Shelf()
+        opened(shelf).batch(before)
+        shelf.left, shelf.before_dying = number - (not answered), answered
+        try:
+            opened(shelf).batch(ops)
+        except Death:
+            ended = False
+        else:
+            ended = True
+        shelf.left = None
+        if not ended:
+            # What an overwrite leaves is cleared away by the next one; without one there is a record too many.
+            opened(shelf).search(())
+        shelf.run(mend(cast(StateClient, shelf), lambda *note: found.append(note), dry_run=False, grace=0))
+        assert not unreachable(shelf)
+        seen = len(found)
+        shelf.run(mend(cast(StateClient, shelf), lambda *note: found.append(note), dry_run=False, grace=0))
+        assert len(found) == seen
+        assert_sound(
+            partial(opened, shelf), ["new", *(f"k{each}" for each in range(6))], [NAMESPACE, (*NAMESPACE, "b")]
+        )
+        if ended:
+            return
+    pytest.fail("never reached the end")
+
+
+def test_a_put_under_way_outlives_the_search_for_dead_ones() -> None:
+    """It is taken for dead at each of its requests, and yet what it puts is there in the end, whole."""
+    for big in (False, True):
+        for pause in range(12):
+            shelf = Shelf()
+            opened(shelf).put(NAMESPACE, "other", {"n": 0})
+            slow = Paused(shelf, steps_of(opened(shelf), [PutOp(NAMESPACE, "k", {"v": "x" * (1000 if big else 1)})]))
+            for _ in range(pause):
+                if slow.operation:
+                    slow.step()
+            for _ in range(2):
+                shelf.run(mend(cast(StateClient, shelf), lambda *note: None, dry_run=False, grace=0))
+            slow.until(lambda operation: False)
+            assert opened(shelf).get(NAMESPACE, "k").value == {"v": "x" * (1000 if big else 1)}
+            assert_sound(partial(opened, shelf), ["k", "other"])
+            assert not unreachable(shelf)
 
 
 @pytest.mark.parametrize("rounds", [30])

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpointer import client as clients
-from outlast.checkpointer import quirks
+from outlast.checkpointer import quirks, wire
 from outlast.checkpointer.client import Get, StateClient
 from outlast.checkpointer.registry import THREADS
 from outlast.doctor import examine
@@ -87,8 +86,8 @@ def test_a_component_known_to_lose_updates(sidecar_env: dict[str, str], monkeypa
 
 def test_a_component_that_ignores_etags(sidecar_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It claims to have them, and no table knows better."""
-    monkeypatch.setattr(clients, "_conditional", lambda key, value, etag: clients._plain(key, value))
-    monkeypatch.setattr(clients, "_FIRST_WRITE", None)
+    monkeypatch.setattr(wire, "_conditional", lambda key, value, etag: wire._plain(key, value))
+    monkeypatch.setattr(wire, "_FIRST_WRITE", None)
     found = examine("statestore")
     failed = {check.name for check in found.failed}
     assert failed >= {"stale ETag", "compare-and-swap race", "creation race"}
