@@ -33,12 +33,22 @@ def adapt(agent: Any, name: str | None, runtime: Runtime, **options: Any) -> Any
                     "the name finds its runs again after a restart, so keep it the same"
                 )
             return DurableGraph(agent, name or own, runtime, **options)
+    if "agents" in sys.modules and _is_openai_agent(agent):
+        from outlast.adapters.openai_agents import DurableAgent
+
+        return DurableAgent(agent, name or agent.name, runtime, **options)
     if inspect.isfunction(agent):
         return _made(agent, name, runtime, options)
     raise TypeError(
-        f"durable() takes a compiled LangGraph graph, or a function without arguments that returns one; "
-        f"got {type(agent).__qualname__}"
+        f"durable() takes a compiled LangGraph graph, an OpenAI agent, or a function without arguments that returns "
+        f"one; got {type(agent).__qualname__}"
     )
+
+
+def _is_openai_agent(agent: Any) -> bool:
+    # `agents` is a name that packages of users have, too.
+    kind = getattr(sys.modules["agents"], "Agent", None)
+    return isinstance(kind, type) and kind.__module__ == "agents.agent" and isinstance(agent, kind)
 
 
 def _made(make: Callable[..., Any], name: str | None, runtime: Runtime, options: dict[str, Any]) -> Any:
