@@ -144,13 +144,18 @@ class Attempt:
 
     # --- ending in the middle
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the attempt is to end in the middle of a step."""
+        return self.stop is not None or self._abandoned.is_set()
+
     def check(self) -> None:
         """Unwind if the attempt is to end.
 
         Raises:
             AttemptStopped: If so.
         """
-        if self.stop is not None or self._abandoned.is_set():
+        if self.stopped:
             raise AttemptStopped
 
     def refuse_if_stopped(self) -> None:
@@ -159,7 +164,7 @@ class Attempt:
         Raises:
             FencedError: If so.
         """
-        if self.stop is not None or self._abandoned.is_set():
+        if self.stopped:
             raise FencedError(f"this attempt of run {self.run_id!r} ends: what it has not recorded is done again")
 
     def end_with(self, stop: Stop) -> None:

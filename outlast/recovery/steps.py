@@ -322,7 +322,6 @@ def _make(making: _Making) -> Steps[Any]:
                 making.attempt.account.end(making, call.type, None, made=False)
                 raise
             making.attempt.account.end(making, call.type, None, made=not isinstance(error, CircuitOpenError))
-            making.attempt.check()
             wait = policy.retry.wait(error, tries) if policy.retry else None
             if wait is None:
                 yield from _settle(making, making.failure(error))
@@ -338,7 +337,6 @@ def _make(making: _Making) -> Steps[Any]:
         else:
             usage = call.usage(value)
             making.attempt.account.end(making, call.type, usage)
-            making.attempt.check()
             yield from _settle(making, making.result(call.dumps(value), usage))
             return value
 

@@ -502,3 +502,36 @@ def test_with_an_encrypting_serialiser_nothing_of_the_users_is_readable(tmp_path
     values = [value for _, value in everything(tmp_path / "outlast.db")]
     assert [value for value in values if handle.run_id.encode() in value], "what is readable is found"
     assert not [value for value in values if b"marker1" in value]
+
+
+# --- unwinding
+
+
+async def test_an_attempt_is_unwound_whatever_user_code_makes_of_it(runtime: Runtime, name: Names) -> None:
+    """A sleeping step in a task group, in code that catches everything, beside one that goes on meanwhile."""
+    tries: list[str] = []
+
+    @step(retry=RetryPolicy(attempts=2, backoff=0.01, hold=0))
+    async def limited() -> str:
+        tries.append("limited")
+        if len(tries) < 2:
+            raise RateLimitedError(0.3)
+        return "through"
+
+    @step
+    async def beside() -> str:
+        tries.append("beside")
+        await asyncio.sleep(0.2)
+        return "beside"
+
+    async def node(state: State) -> State:
+        try:
+            async with asyncio.TaskGroup() as group:
+                both = [group.create_task(limited()), group.create_task(beside())]
+        except BaseException:
+            return {"out": "swallowed"}
+        return {"out": [task.result() for task in both]}
+
+    graph = durable(one_node(node), name=name(), runtime=runtime)
+    assert (await graph.ainvoke({"given": 1}))["out"] == ["through", "beside"]
+    assert tries.count("beside") == 1, "what was in flight beside it is waited for and recorded"

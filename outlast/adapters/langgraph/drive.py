@@ -128,12 +128,19 @@ class Drive:
             outcome = yield from self._ended()
         except BaseException:
             # What user code made of the unwinding does not matter.
-            if self.attempt.stop is None and not self.attempt.abandoned:
+            if not self.attempt.stopped:
                 raise
         else:
-            if self.attempt.stop is None and not self.attempt.abandoned:
+            if not self.attempt.stopped:
                 return outcome
         return (yield from self._stopped())
+
+    def catches(self, error: BaseException) -> bool:
+        """Whether an exception of a graph call is for `steps` to see.
+
+        An attempt that is unwound may end with anything: a TaskGroup makes a BaseExceptionGroup of AttemptStopped.
+        """
+        return isinstance(error, Exception) or self.attempt.stopped
 
     def _stopped(self) -> Steps[Outcome]:
         """The attempt was stopped in the middle of a step."""

@@ -420,7 +420,9 @@ class DurableGraph(Runnable[Any, Any]):
             while True:
                 try:
                     result = self._perform(drive, call)
-                except (Exception, steps.AttemptStopped) as error:
+                except BaseException as error:
+                    if not drive.catches(error):
+                        raise
                     call = todo.throw(error)
                 else:
                     call = todo.send(result)
@@ -451,7 +453,9 @@ class DurableGraph(Runnable[Any, Any]):
             while True:
                 try:
                     result = await self._aperform(drive, call)
-                except (Exception, steps.AttemptStopped) as error:
+                except BaseException as error:
+                    if not drive.catches(error):
+                        raise
                     call = todo.throw(error)
                 else:
                     call = todo.send(result)
