@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Zygote:
-    """The server, as seen by the tests. Start it in the main thread: it dies with the thread that started it."""
+    """The server, as seen by the tests. Start it in the main thread: it dies with the thread that started it.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For its log.
+        preload: What it imports; by default what LangGraph agents need.
+    """
+
+    def __init__(self, folder: Path, preload: Sequence[str] = ()) -> None:
         self._log = folder / "zygote.log"
-        command = [sys.executable, "-u", "-m", "tests.acceptance.zygote"]
+        command = [sys.executable, "-u", "-m", "tests.acceptance.zygote", *preload]
         with self._log.open("ab") as log:
             self._server = subprocess.Popen(
                 command,
@@ -49,7 +54,10 @@ class Zygote:
         threading.Thread(target=self._read, daemon=True).start()
 
     def fork(self, function: str, log: Path, env: Mapping[str, str], **arguments: Any) -> Forked:
-        """Start a process that calls a function, e.g. `roles.serve`, of a module of `tests.acceptance`."""
+        """Start a process that calls a function, e.g. `roles.serve`, of a module of `tests.acceptance`.
+
+        A module elsewhere is named in full: `tests.openai_agents.roles.submit`.
+        """
         return Forked(self, function, log, env, arguments)
 
     def close(self) -> None:
@@ -136,24 +144,27 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+_PRELOAD = (
+    "dapr.clients",
+    "dapr.ext.workflow",
+    "dapr.proto",
+    "grpc.aio",
+    "httpx",
+    "langchain.agents",
+    "langchain_core.messages",
+    "langchain_core.tools",
+    "langchain_openai",
+    "langgraph.checkpoint.memory",
+    "langgraph.func",
+    "langgraph.graph",
+    "langgraph.prebuilt",
+    "ormsgpack",
+    "sqlite3",
+)
+
+
 def _preload() -> None:
-    for name in (
-        "dapr.clients",
-        "dapr.ext.workflow",
-        "dapr.proto",
-        "grpc.aio",
-        "httpx",
-        "langchain.agents",
-        "langchain_core.messages",
-        "langchain_core.tools",
-        "langchain_openai",
-        "langgraph.checkpoint.memory",
-        "langgraph.func",
-        "langgraph.graph",
-        "langgraph.prebuilt",
-        "ormsgpack",
-        "sqlite3",
-    ):
+    for name in sys.argv[1:] or _PRELOAD:
         importlib.import_module(name)
     assert not [name for name in sys.modules if name == "outlast" or name.startswith("outlast.")]
     assert threading.active_count() == 1
@@ -213,7 +224,8 @@ def _fork(request: dict[str, Any], pipes: tuple[int, int]) -> None:
         os.dup2(out, 2)
         os.environ.update(request["env"])
         module, _, function = request["function"].rpartition(".")
-        roles = importlib.import_module(f"tests.acceptance.{module or 'roles'}")
+        module = module if module.startswith("tests.") else f"tests.acceptance.{module or 'roles'}"
+        roles = importlib.import_module(module)
         getattr(roles, function)(**request["arguments"])
         status = 0
     except BaseException:
