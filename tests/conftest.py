@@ -19,6 +19,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sidecar", choices=(EMBEDDED, DAPRD), default=EMBEDDED, help="what the tests run on")
+    parser.addoption("--kills", type=int, default=20, help="random kills (tests/acceptance/test_random_kills.py)")
+    parser.addoption("--seed", type=int, default=None, help="of the random kills; printed, and drawn if not given")
+    parser.addoption("--waiting", type=int, default=200, help="runs that wait (tests/acceptance/test_waiting_runs.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

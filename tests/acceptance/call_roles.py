@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from outlast import RunFailedError, RunNotFoundError
 from outlast.checkpointer import DaprSaver
-from outlast.checkpointer import keys as names
 from outlast.recovery import journal
 from outlast.recovery.runtime import default_runtime
 from tests.acceptance import calls, points, roles
@@ -60,11 +63,34 @@ def recorded(run_id: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"model": [], "tool": [], "compensation": []}
     for record in client.run(journal.read(run_id, DaprSaver(client=client).serde)):
         if record.kind == "result":
-            found[record.type].append(_named(run_id, record))
+            found[record.type].append(calls.named(run_id, record))
     return found
 
 
-def _named(run_id: str, record: Any) -> str:
-    if record.type != "model":
-        return names.digest(run_id, record.key, str(record.slot))
-    return str(record.value["generations"][0][0].content).removesuffix("!")
+def submit_waiting(folder: str, agent: str, prefix: str, count: int, at_once: int = 8) -> None:
+    """Submit runs that ask a question; when told to, answer them all, and see them end."""
+    points.use(folder)
+    os.environ["OUTLAST_WORKER"] = "off"
+    durable = roles.make(agent)
+    names = [f"{prefix}-{number}" for number in range(count)]
+
+    def start(name: str) -> None:
+        durable.start({"log": [name]}, {"configurable": {"thread_id": name}}, run_id=name).close()
+
+    def waiting(name: str) -> None:
+        assert "__interrupt__" in durable.get_run(name).result(roles.PATIENCE)
+
+    def answer(name: str) -> None:
+        durable.get_run(name).resume("yes")
+
+    def ended(name: str) -> None:
+        assert durable.get_run(name).result(roles.PATIENCE)["log"] == [name, "yes"]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for work in (start, waiting, answer, ended):
+            if work is answer:
+                roles.say(waiting=count)
+                while not Path(folder, f"answer-{prefix}").exists():
+                    time.sleep(0.02)
+            assert len(list(pool.map(work, names))) == count
+    roles.say(ended=count)

@@ -18,6 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
 from outlast import Budget, Policies, RetryPolicy, StepPolicy, current_step, durable
+from outlast.checkpointer import keys
 from tests.acceptance import points
 from tests.acceptance.world import LEDGER_URL, MODEL_URL, asked
 
@@ -27,7 +28,7 @@ EMPTY: Any = {"log": []}
 
 def input_of(agent: str) -> Any:
     """What an agent is submitted with."""
-    return TRIP if agent.startswith(("trio", "careful")) else EMPTY
+    return TRIP if agent.startswith(("trio", "careful", "hasty")) else EMPTY
 
 
 # --- the model
@@ -114,6 +115,7 @@ def trio() -> Any:
 
 
 class Plan(TypedDict, total=False):
+    name: str
     log: Annotated[list[str], operator.add]
     messages: Annotated[list[AnyMessage], operator.add]
 
@@ -167,6 +169,41 @@ def loop(count: int) -> Any:
     return builder.add_conditional_edges("work", again, ["work", END]).compile().with_config(recursion_limit=count + 1)
 
 
+ROUNDS = 3
+TOOLS = ("again", "book", "price", "search")
+
+
+def rounds(is_async: bool) -> Any:
+    """Three supersteps of two model calls at once, four tool calls at once, and a model call; named for their run."""
+    chat = model()
+    tools = {name: tool("book" if name == "again" else name) for name in TOOLS}
+
+    def wanted(state: Plan) -> tuple[list[str], dict[str, str], str]:
+        name, number = state["name"], len(state["log"])
+        return [f"{name} outline {number}", f"{name} check {number}"], {"city": name}, f"{name} polish {number}"
+
+    def work(state: Plan) -> Any:
+        first, city, last = wanted(state)
+        said = chat.batch(first)
+        used = RunnableParallel(**tools).invoke(city)
+        return summed([*said, *(used[name] for name in TOOLS), chat.invoke(last)])
+
+    async def awork(state: Plan) -> Any:
+        first, city, last = wanted(state)
+        said = await asyncio.gather(*map(chat.ainvoke, first))
+        used = await asyncio.gather(*(tools[name].ainvoke(city) for name in TOOLS))
+        return summed([*said, *used, await chat.ainvoke(last)])
+
+    def summed(said: list[Any]) -> Any:
+        return {"log": ["; ".join(str(getattr(each, "content", each)) for each in said)]}
+
+    def again(state: Plan) -> str:
+        return "work" if len(state["log"]) < ROUNDS else END
+
+    builder = StateGraph(Plan).add_node("work", awork if is_async else work).add_edge(START, "work")
+    return builder.add_conditional_edges("work", again, ["work", END]).compile()
+
+
 def undo(result: Any, *, city: str) -> None:
     """Take back what a tool has booked. Its own step has a key of its own."""
     book(f"undo-{str(result).partition(' ')[0]}", city)
@@ -194,6 +231,8 @@ def make(name: str, is_async: bool = False) -> Any:
             return durable(trio(), name=name)
         case "fan":
             return durable(fan(is_async), name=name)
+        case "rounds":
+            return durable(rounds(how == "async"), name=name)
         case "parts":
             return durable(parts(int(how)), name=name)
         case "loop":
@@ -206,6 +245,23 @@ def make(name: str, is_async: bool = False) -> Any:
         case "patient":
             retry = RetryPolicy(hold=0)
             return durable(parts(3), name=name, policies=Policies(models=StepPolicy(retry=retry)))
+        case "hasty":
+            return durable(trio(), name=name, policies=_hasty(how))
         case "journey":
             return durable(journey(), name=name, policies=Policies(tools=StepPolicy(compensate=undo)))
     raise ValueError(name)
+
+
+def _hasty(how: str) -> Policies:
+    """Tools have a second; then the call, or the run, is tried again."""
+    again = RetryPolicy(attempts=2, backoff=0)
+    if how == "call":
+        return Policies(tools=StepPolicy(timeout=1, retry=again))
+    return Policies(tools=StepPolicy(timeout=1), run=again)
+
+
+def named(run_id: str, record: Any) -> str:
+    """What a record is of: a model's answer tells what it was asked, a tool call has its idempotency key."""
+    if record.type != "model":
+        return keys.digest(run_id, record.key, str(record.slot))
+    return str(record.value["generations"][0][0].content).removesuffix("!")

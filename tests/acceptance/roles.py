@@ -160,7 +160,7 @@ def serve(folder: str, agent_names: list[str], is_async: bool = False) -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     for name in agent_names:
-        _make(name, is_async)
+        make(name, is_async)
     default_runtime().start_worker()
     points.note(f"serving {os.getpid()}")
     say(serving=os.getpid())
@@ -174,11 +174,11 @@ def only_durable(folder: str, agent_names: list[str]) -> None:
     """A program that makes agents durable and then does something else."""
     points.use(folder)
     for name in agent_names:
-        _make(name)
+        make(name)
     threading.Event().wait()
 
 
-def _make(name: str, is_async: bool = False) -> Any:
+def make(name: str, is_async: bool = False) -> Any:
     if name == "trip":
         return durable(agents.trip(is_async), name="trip")
     if name == "endless":
@@ -204,7 +204,7 @@ def client(folder: str) -> None:
             order = json.loads(line)
             name = order["agent"]
             if name not in made:
-                made[name] = _make(name)
+                made[name] = make(name)
             threading.Thread(target=_obey, args=(folder, made[name], order), daemon=True).start()
         time.sleep(0.005)
 
@@ -228,7 +228,13 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
                 handle = agent.start(*arguments, run_id=order["run_id"], **options)
             return {"status": handle.status()}
         case "result":
-            return {"out": _plain(agent.get_run(order["run_id"]).result(PATIENCE))}
+            return {"out": _plain(agent.get_run(order["run_id"]).result(order.get("patience", PATIENCE)))}
+        case "steps":
+            steps = agent.get_run(order["run_id"]).steps()
+            kept = ("kind", "type", "key", "slot", "attempt", "ended")
+            plain = [{name: getattr(step, name) for name in kept} for step in steps]
+            of = [calls.named(order["run_id"], step) for step in steps]
+            return {"steps": [{**step, "of": name} for step, name in zip(plain, of, strict=True)]}
         case "status":
             return {"status": agent.get_run(order["run_id"]).status()}
         case "resume":
@@ -264,7 +270,7 @@ def _carried_out(agent: Any, order: dict[str, Any]) -> Any:
 def submit_together(folder: str, prefix: str, me: int, rounds: int) -> None:
     """Submit one run id after another, each at the same instant as another process does."""
     points.use(folder)
-    agent = _make("line-ab")
+    agent = make("line-ab")
     runtime = default_runtime()
     assert runtime.start_worker()
     for number in range(rounds):

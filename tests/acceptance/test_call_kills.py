@@ -13,7 +13,7 @@ from tests.acceptance.world import World, around
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(300)]
 
-MODEL_CALLS = {"trio": {"trip": 1, "after-tool": 1}, "fan": {"outline": 1, "check": 1, "polish": 1}}
+MODEL_CALLS = {"trio": {"trip": 1, "trip after tool": 1}, "fan": {"outline": 1, "check": 1, "polish": 1}}
 BOOKED = {"trio": {"search": 1, "price": 1, "book": 1}, "fan": {"search": 1, "price": 1, "book": 2}}
 WHEN = ("before", "during", "after")
 

@@ -16,15 +16,16 @@ LEDGER_URL = "WORLD_LEDGER_URL"
 
 
 def asked(request: Mapping[str, Any]) -> str:
-    """What a model is asked for, by the last message of the request."""
-    last = request["messages"][-1]
-    return str(last["content"]) if last["role"] == "user" else f"after-{last['role']}"
+    """What a model is asked for: what the user said first and, where that is not all, what came last."""
+    said = next(str(message["content"]) for message in request["messages"] if message["role"] == "user")
+    last = request["messages"][-1]["role"]
+    return said if last == "user" else f"{said} after {last}"
 
 
 def answer(request: Mapping[str, Any], _answered: int) -> Reply:
     """The model's answer: the same to the same request, and from it one can tell the request."""
     label = asked(request)
-    calls = [ToolCall(name, {"city": "Rome"}) for name in ("search", "price", "book")] if label == "trip" else []
+    calls = [ToolCall(name, {"city": "Rome"}) for name in ("search", "price", "book")] if label.endswith("trip") else []
     return Reply(f"{label}!", calls)
 
 
