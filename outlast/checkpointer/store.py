@@ -30,8 +30,9 @@ from langgraph.store.base import (
 
 from outlast.checkpointer import store_match, sweeper
 from outlast.checkpointer.client import StateClient, Steps
+from outlast.checkpointer.store_cells import VALUE, VECTORS, Draft, Stored, item_key
 from outlast.checkpointer.store_index import PAGE, Index, Namespace
-from outlast.checkpointer.store_items import VALUE, VECTORS, Draft, Items, Stored, item_key
+from outlast.checkpointer.store_items import Items
 from outlast.checkpointer.store_scan import Scan, first_seen
 from outlast.checkpointer.store_vectors import Vector, cosine
 from outlast.checkpointer.sweeper import Sweeper

@@ -11,89 +11,34 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.store.base import Item
 
 from outlast.checkpointer import keys, records
 from outlast.checkpointer.client import Create, Delete, Get, Pause, Save, StateClient, Steps, Swap, load
+from outlast.checkpointer.store_cells import (
+    VALUE,
+    VECTORS,
+    Draft,
+    Stored,
+    is_of,
+    recent,
+    record_keys,
+    tombstone,
+    typed_of,
+)
 from outlast.checkpointer.store_index import Index, Namespace, Place
 from outlast.checkpointer.store_vectors import Vector, pack, unpack
 from outlast.errors import CorruptRecordError, OutlastError, RecordTooLargeError, SerializationError, StoreError
 
 _INLINE: Final = 16_000
 _NAME_BYTES: Final = 60_000
-_RECENT: Final = 3
 _TRIES: Final = 200
 _REFRESH: Final = 1.0
 """Seconds by which an expiry must move for a read to write it."""
 
-VALUE, VECTORS = "b", "x"
 _OF_VECTORS: Final = "-x"
-
-
-def item_key(namespace: Namespace, name: str) -> str:
-    """Return the key of an item's cell; the keys of its records start with it."""
-    return f"m-{keys.digest(*namespace, name)}"
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A put, serialised: nothing of it can fail any more for what the user gave. `value` is None for a delete."""
-
-    namespace: Namespace
-    name: str
-    value: tuple[str, bytes] | None
-    vectors: tuple[str, bytes] | None = None
-    ttl: float | None = None
-
-    @property
-    def cell(self) -> str:
-        return item_key(self.namespace, self.name)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The cell of an item as it was read. `body` is None where nothing ever was."""
-
-    cell: str
-    body: Any
-    etag: str
-
-    @property
-    def written(self) -> bool:
-        """Whether there is an item, expired or not."""
-        return self.body is not None and not self.body.get("d")
-
-    def live(self, now: float) -> bool:
-        """Whether there is an item that has not expired."""
-        return self.written and (self.body["e"] is None or now < self.body["e"])
-
-    @property
-    def place(self) -> Place:
-        """Where the item is entered."""
-        return Place(self.body["p"], self.body["t"])
-
-    @property
-    def ref(self) -> tuple[Namespace, str]:
-        """Namespace and key."""
-        return tuple(self.body["n"]), self.body["k"]
-
-    def records(self) -> list[str]:
-        """The keys of the records that this cell, or the one before it, needed."""
-        return [*_record_keys(self.body), *self.body["o"]] if self.body else []
-
-    def item(self, value: dict[str, Any]) -> Item:
-        namespace, name = self.ref
-        return Item(value=value, key=name, namespace=namespace, **self.times())
-
-    def times(self) -> dict[str, datetime]:
-        return {
-            "created_at": datetime.fromtimestamp(self.body["c"], UTC),
-            "updated_at": datetime.fromtimestamp(self.body["u"], UTC),
-        }
 
 
 class Items:
@@ -173,7 +118,7 @@ class Items:
             else:
                 lacking = [ref[0] for ref in refs.values() if ref and isinstance(ref[1], int) and ref[0] not in found]
                 if not lacking:
-                    return {cell: (row, self._unpack(part, _typed(refs[cell], found))) for cell, row in todo.items()}
+                    return {cell: (row, self._unpack(part, typed_of(refs[cell], found))) for cell, row in todo.items()}
                 failure = CorruptRecordError(f"record {lacking[0]!r} is missing; restore it from a backup")
             again = yield from self.read(todo)
             if all(again[cell].body == row.body for cell, row in todo.items()):
@@ -238,7 +183,7 @@ class Items:
             if draft.value is None:
                 if not stored.written:
                     return
-                body = _tombstone(stored, write.name)
+                body = tombstone(stored, write.name)
             else:
                 place = stored.place if stored.live(now) else write.place
                 if place is None:
@@ -315,17 +260,17 @@ class Items:
         garbage: list[str] = []
         left: list[Place] = []
         count = 0
-        begun = yield from self._begun([(stored, place) for stored, place in stale if not _is_of(stored, place)])
+        begun = yield from self._begun([(stored, place) for stored, place in stale if not is_of(stored, place)])
         for stored, place in stale:
             if stored.written and stored.place == place:
-                data = records.encode(records.ITEM, _tombstone(stored, self._names.next()))
+                data = records.encode(records.ITEM, tombstone(stored, self._names.next()))
                 if not (yield Swap(stored.cell, data, stored.etag)):
                     continue  # somebody was faster, or will be next time
                 count += 1
                 garbage += stored.records()
             elif not stored.written:
                 garbage += stored.records()
-            under_way = not stored.written and not _is_of(stored, place)
+            under_way = not stored.written and not is_of(stored, place)
             if (place in begun or under_way) and not (yield from self._fence(stored)):
                 continue
             garbage += begun.get(place, ())
@@ -350,14 +295,9 @@ class Items:
             body = {"d": True, "t": "", "o": [], "r": [name]}
             done = yield Create(stored.cell, records.encode(records.ITEM, body))
         else:
-            body = {**stored.body, "r": _recent(stored, name)}
+            body = {**stored.body, "r": recent(stored, name)}
             done = yield Swap(stored.cell, records.encode(records.ITEM, body), stored.etag)
         return bool(done)
-
-
-def _is_of(stored: Stored, place: Place) -> bool:
-    """Tell whether the entry at `place` is of the life of the item that the cell is about, or was."""
-    return stored.body is not None and stored.body["t"] == place.token
 
 
 @dataclass
@@ -386,7 +326,7 @@ class _Write:
 
     def tidy(self, body: dict[str, Any], garbage: list[str], left: list[Place]) -> None:
         """Add what was tried and `body`, the cell as it is now, does not use."""
-        used = {*_record_keys(body), *body["o"]}
+        used = {*record_keys(body), *body["o"]}
         garbage += [key for key in self.keys if key not in used]
         left += [place for place in self.places if place.token != body["t"]]
 
@@ -400,32 +340,6 @@ class _Write:
             "c": stored.body["c"] if same_life else now,
             "u": now,
             "e": now + self.draft.ttl * 60 if self.draft.ttl is not None else None,
-            "o": _record_keys(stored.body),
-            "r": _recent(stored, self.name),
+            "o": record_keys(stored.body),
+            "r": recent(stored, self.name),
         }
-
-
-def _tombstone(stored: Stored, name: str) -> dict[str, Any]:
-    return {"d": True, "t": stored.body["t"], "o": _record_keys(stored.body), "r": _recent(stored, name)}
-
-
-def _recent(stored: Stored, name: str) -> list[str]:
-    return [*(stored.body["r"] if stored.body else ()), name][-_RECENT:]
-
-
-def _record_keys(body: Any) -> list[str]:
-    found: list[str] = []
-    for part in (VALUE, VECTORS):
-        ref = body.get(part) if body else None
-        if ref and isinstance(ref[1], int):
-            found += [*(f"{ref[0]}-c{number}" for number in range(ref[1])), ref[0]]
-    return found
-
-
-def _typed(ref: Any, found: dict[str, bytes]) -> tuple[str, bytes] | None:
-    if not ref:
-        return None
-    if isinstance(ref[1], bytes):
-        return ref[0], ref[1]
-    kind, data = records.decode(ref[0], records.VALUE, found[ref[0]])
-    return kind, data

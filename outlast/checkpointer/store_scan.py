@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from outlast.checkpointer import cells, records
 from outlast.checkpointer.client import Steps
+from outlast.checkpointer.store_cells import VALUE, Stored
 from outlast.checkpointer.store_index import PAGE, Entries, Entry, Node, Place
-from outlast.checkpointer.store_items import VALUE, Items, Stored
+from outlast.checkpointer.store_items import Items
 from outlast.checkpointer.store_match import accepts
 
 _AHEAD: Final = 10

@@ -29,7 +29,7 @@ from langgraph.store.memory import InMemoryStore
 from outlast.checkpointer import DaprStore, records, store_vectors
 from outlast.checkpointer.client import Delete, Get, Save, StateClient
 from outlast.checkpointer.sidecar import Address
-from outlast.checkpointer.store_items import item_key
+from outlast.checkpointer.store_cells import item_key
 from outlast.embedded import EmbeddedSidecar
 from outlast.errors import CorruptRecordError, RecordTooLargeError, SerializationError, UnknownFormatError
 
