@@ -195,12 +195,13 @@ class Runtime:
             self._bounded(
                 functools.partial(self.workflows.schedule_new_workflow, RUN, input=ref, instance_id=head.instance)
             )
-        except TimeoutError:
-            logger.warning("run %s waits for a worker: none is connected to the %s", head.run_id, self.client.address)
-        except grpc.RpcError as error:
-            if _already_there(error):
+        except (TimeoutError, grpc.RpcError) as error:
+            if isinstance(error, grpc.RpcError) and _already_there(error):
                 return
-            self._raise(error)
+            if isinstance(error, grpc.RpcError) and not _nobody_there(error):
+                self._raise(error)
+            # The run is accepted: the worker that comes schedules it.
+            logger.warning("run %s waits for a worker: none is connected to the %s", head.run_id, self.client.address)
 
     def _bounded(self, call: Callable[[], Any]) -> None:
         """Make a workflow call that daprd would hold for as long as no worker is connected to it.
@@ -369,6 +370,12 @@ def _load_chunks(run_id: str, epoch: int, start: int) -> Steps[list[Typed]]:
 
 def _already_there(error: grpc.RpcError) -> bool:
     return error.code() == grpc.StatusCode.ALREADY_EXISTS or "already" in (error.details() or "")
+
+
+def _nobody_there(error: grpc.RpcError) -> bool:
+    """Whether daprd has lost its last worker just now: it does not host the workflow's actors without one."""
+    details = error.details() or ""
+    return "not registered" in details or "did not find address for actor" in details
 
 
 def _before_exit(stop: Callable[[], None]) -> bool:
