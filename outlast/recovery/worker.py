@@ -49,6 +49,9 @@ logger = logging.getLogger("outlast.worker")
 CONCURRENCY: Final = "OUTLAST_CONCURRENCY"
 """Environment variable: attempts a worker makes at once. Default 64."""
 
+HISTORIES: Final = 256
+"""Histories that the Dapr SDK keeps in memory. By default 100,000, for an hour each: waiting runs would cost memory. One
+that is not there is fetched; those of runs are short."""
 _QUIET: Final = 0.05
 """Seconds without anything to do after which a worker that stops may disconnect."""
 _RETRY: Final = (StoreError, SidecarUnavailableError)
@@ -91,6 +94,7 @@ class Worker:
             logger_options=sdk_logging(),
             maximum_concurrent_activity_work_items=concurrency,
             maximum_thread_pool_workers=concurrency,
+            history_cache_max_instances=HISTORIES,
         )
 
         def workflow(ctx: DaprWorkflowContext, ref: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from tests.acceptance.scenario import Scenario, Stage
 from tests.acceptance.zygote import Forked
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
 AGENT = "questions-1"
 FRUGAL = {"OUTLAST_CONCURRENCY": "4", "MALLOC_ARENA_MAX": "1"}
@@ -32,7 +32,7 @@ def _submit(scenario: Scenario, count: int) -> tuple[Forked, Path]:
     """Submit runs and wait until all of them wait; returns their submitter, and what makes it answer them."""
     prefix = secrets.token_hex(3)
     submitter = scenario.fork("call_roles.submit_waiting", agent=AGENT, prefix=prefix, count=count)
-    submitter.wait_for_line('"waiting"', 400)
+    submitter.wait_for_line('"waiting"', 800)
     return submitter, scenario.folder / f"answer-{prefix}"
 
 
@@ -50,7 +50,7 @@ def test_runs_that_wait_hold_nothing(replicated: Stage, request: pytest.FixtureR
         assert more_memory - memory < 4096 + 8 * count, "a waiting run takes memory of its worker"
         for submitter, go in (first, second):
             go.touch()
-            submitter.wait_for_line('"ended"', 400)
+            submitter.wait_for_line('"ended"', 800)
             submitter.check()
         assert sum(scenario.effects.values()) == len(scenario.effects) == WARM + count
         assert worker.alive
