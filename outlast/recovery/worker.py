@@ -50,8 +50,8 @@ CONCURRENCY: Final = "OUTLAST_CONCURRENCY"
 """Environment variable: attempts a worker makes at once. Default 64."""
 
 HISTORIES: Final = 256
-"""Histories that the Dapr SDK keeps in memory. By default 100,000, for an hour each: waiting runs would cost memory. One
-that is not there is fetched; those of runs are short."""
+"""Histories that the Dapr SDK keeps in memory. By default 100,000, for an hour each: waiting runs would cost memory.
+One that is not there is fetched; those of runs are short."""
 _QUIET: Final = 0.05
 """Seconds without anything to do after which a worker that stops may disconnect."""
 _RETRY: Final = (StoreError, SidecarUnavailableError)
