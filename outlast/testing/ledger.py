@@ -37,6 +37,8 @@ class LedgerServer(LocalServer):
         self.on_call = on_call
         self._log = JsonLines(log)
         self._lock = threading.Lock()
+        self._count = len(self.bookings())
+        self._by_key = {booking["key"]: booking["id"] for booking in self.bookings()}
         self.routes = {("POST", "/bookings"): self._book, ("GET", "/bookings"): self._list}
 
     def calls(self) -> list[dict[str, Any]]:
@@ -53,9 +55,12 @@ class LedgerServer(LocalServer):
             raise BadRequest("a booking is a JSON object")
         key = request.get("idempotency_key") or exchange.headers.get("idempotency-key")
         with self._lock:
-            booked = self.bookings()
-            earlier = next((booking["id"] for booking in booked if key and booking["key"] == key), None)
-            identifier, duplicate = earlier or f"B-{len(booked) + 1:04}", earlier is not None
+            earlier = self._by_key.get(key) if key else None
+            duplicate = earlier is not None
+            self._count += not duplicate
+            identifier = earlier or f"B-{self._count:04}"
+            if key:
+                self._by_key[key] = identifier
             call = {"time": time.time(), "id": identifier, "key": key, "duplicate": duplicate, "request": request}
             self._log.append(call)
         if self.on_call is not None:

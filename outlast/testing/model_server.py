@@ -87,8 +87,8 @@ class ScriptedModelServer(LocalServer):
             fault = self._faults.take(call)
             self._calls += 1
             self._answered += fault is None
-            record = {"call": call, "time": time.time(), "stream": streaming, "fault": fault and fault.kind}
-            record["request"] = request
+            record: dict[str, Any] = {"call": call, "time": time.time(), "stream": streaming}
+            record |= {"fault": fault and fault.kind, "request": request}
             self._log.append(record)
         if self.on_call is not None:
             self.on_call(record)

@@ -65,3 +65,10 @@ def test_a_restarted_process_knows_its_bookings(tmp_path: Path) -> None:
             url = json.loads(child.wait_for_line(r"^\{.*\}$")[0])["url"]
             answers.append(book(url, idempotency_key="k"))
     assert answers == [{"id": "B-0001", "duplicate": False}, {"id": "B-0001", "duplicate": True}]
+
+
+def test_a_call_is_told_while_its_answer_is_awaited() -> None:
+    told: list[Any] = []
+    with LedgerServer(on_call=told.append) as ledger:
+        book(ledger.url, hotel="Mirador")
+        assert told == ledger.calls()

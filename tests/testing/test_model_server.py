@@ -251,6 +251,13 @@ class TestFaults:
         assert "not a fault" in answer.json()["error"]["message"]
 
 
+def test_a_call_is_told_before_it_is_answered() -> None:
+    told: list[Any] = []
+    with ScriptedModelServer([Reply("Hello!", delay=0.1)], on_call=told.append) as server:
+        chat_model(server).invoke("Hi")
+        assert told == server.requests()
+
+
 class TestProcess:
     def test_it_counts_on_after_a_restart(self, tmp_path: Path) -> None:
         calls = tmp_path / "calls.jsonl"
