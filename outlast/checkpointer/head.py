@@ -205,6 +205,7 @@ class Index:
 
     key: str
     _pages: dict[str, Any] = field(default_factory=dict)
+    _listed: tuple[Head, list[Entry]] | None = None
 
     def _bodies(self, names: Iterable[str], lenient: bool = False) -> Steps[None]:
         missing = [name for name in names if name not in self._pages]
@@ -268,10 +269,14 @@ class Index:
         Args:
             lenient: Take a missing page for an empty one, as when a deletion goes on that was cut short.
         """
-        newest: dict[tuple[str, str], Entry] = {}
-        for entry in (yield from self.versions(head, lenient)):
-            newest.setdefault((entry.ns, entry.checkpoint_id), entry)
-        return sorted(newest.values(), key=lambda entry: (entry.checkpoint_id, entry.ns), reverse=True)
+        if self._listed is None or lenient or (self._listed[0] is not head and self._listed[0] != head):
+            newest: dict[tuple[str, str], Entry] = {}
+            for entry in (yield from self.versions(head, lenient)):
+                newest.setdefault((entry.ns, entry.checkpoint_id), entry)
+            ordered = sorted(newest.values(), key=lambda entry: (entry.checkpoint_id, entry.ns), reverse=True)
+            # A listing comes back for each batch of it.
+            self._listed = (head, ordered)
+        return list(self._listed[1])
 
     def versions(self, head: Head, lenient: bool = False) -> Steps[list[Entry]]:
         """Return all entries as they were entered, newest first; a checkpoint entered again is there again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
@@ -74,13 +76,11 @@ class Reads:
         head = yield from log.read()
         while head is not None:
             try:
-                entries = [
-                    entry
-                    for entry in (yield from log.index.entries(head))
-                    if (entry.checkpoint_id, entry.ns) < after and self._asked_for(entry, config, before)
-                ]
-                batch = entries[:_BATCH]
-                last = (batch[-1].checkpoint_id, batch[-1].ns) if len(entries) > len(batch) else None
+                entries = yield from log.index.entries(head)
+                start = bisect.bisect_left(range(len(entries)), True, key=lambda at: _place(entries[at]) < after)
+                asked = (entry for entry in entries[start:] if self._asked_for(entry, config, before))
+                batch = list(itertools.islice(asked, _BATCH))
+                last = _place(batch[-1]) if next(asked, None) else None
                 return (yield from self._tuples(log, batch)), last
             except CorruptRecordError as error:
                 head = yield from log.reread(head, error)
@@ -220,6 +220,10 @@ class Reads:
             if isinstance(locator, dict):
                 state = state_of(reader, locator, values[name], lambda value: dumps(self._serde, value))
                 lane.remember_list(row.ns, name, state, generation)
+
+
+def _place(entry: Entry) -> _Place:
+    return entry.checkpoint_id, entry.ns
 
 
 def config_of(thread_id: str, ns: str, checkpoint_id: str) -> RunnableConfig:

@@ -18,6 +18,7 @@ from outlast.checkpointer.registry import ACTIVE, RUNS, THREADS
 from outlast.checkpointer.thread import ThreadLog
 from outlast.errors import CorruptRecordError, OutlastError, RunNotFoundError, UnknownFormatError
 from outlast.recovery import runs, turns
+from outlast.recovery.journal import journal_key
 
 _BATCH: Final = 20
 
@@ -126,7 +127,7 @@ class _Repair:
                     yield from self._do(log.delete())
                     self.note("deletion cut short", thread_id, "records were left behind a deleted thread", True)
                 else:
-                    yield from self._orphans(thread_id)
+                    yield from self._orphans(log, thread_id)
                 return
             if head.expired:
                 yield from self._do(log.delete(expired=True))
@@ -137,7 +138,7 @@ class _Repair:
                 self.note("rewrite cut short", thread_id, "records of before a pruning were left", True)
             broken = yield from self._entries(log, thread_id)
             if not broken:
-                yield from self._orphans(thread_id)
+                yield from self._orphans(log, thread_id)
         except UnknownFormatError as error:
             self.note("newer format", thread_id, str(error), False)
         except CorruptRecordError as error:
@@ -191,9 +192,8 @@ class _Repair:
             yield from log.sweep()
         return True
 
-    def _orphans(self, thread_id: str) -> Steps[None]:
+    def _orphans(self, log: ThreadLog, where: str) -> Steps[None]:
         """Delete records that no head reaches."""
-        log = ThreadLog(thread_id)
         head = yield from log._load()
         if head is None:
             return
@@ -207,7 +207,7 @@ class _Repair:
             yield Delete(found)
         if found:
             detail = f"{len(found)} records that no head reaches, such as {found[-1]}"
-            self.note("orphans", thread_id, detail, True)
+            self.note("orphans", where, detail, True)
 
     # --- runs
 
@@ -231,6 +231,7 @@ class _Repair:
                 yield from self._do(turns.release(head))
                 self.note("ended run in the active set", run_id, f"it is {head.status}", True)
         for run_id in ids:
+            yield from self._journal(run_id)
             head = yield from _run(run_id) if run_id not in active else _nothing()
             if head is not None and not head.ended:
                 yield from self._do(ACTIVE.put(run_id, 1))
@@ -245,6 +246,20 @@ class _Repair:
                 self.note("active entry without run", run_id, "its submitter died before the run was accepted", True)
         for thread_id, run_id in holders:
             yield from self._let_go(thread_id, run_id)
+
+    def _journal(self, run_id: str) -> Steps[None]:
+        """Look at the recorded steps of a run."""
+        log = ThreadLog(run_id, key=journal_key(run_id))
+        where = f"journal of run {run_id}"
+        try:
+            head = yield from log.read()
+            entries = (yield from log.index.entries(head)) if head else []
+            reader = PackReader(log.key, _typed)
+            packs = yield from reader.packs(entry.pack for entry in entries)
+            yield from reader.fetch([row[6] for body in packs.values() for row in body["w"]])
+            yield from self._orphans(log, where)
+        except (CorruptRecordError, UnknownFormatError) as error:
+            self.note("damaged journal", where, f"{error}; the run cannot be taken over any more", False)
 
     def _holders(self) -> Steps[list[tuple[str, str]]]:
         """Return the threads held by runs that will not let go of them."""

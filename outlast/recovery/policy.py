@@ -31,7 +31,7 @@ def transient(error: BaseException) -> bool:
         return status in _TRANSIENT_STATUS or status >= 500
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & _TRANSIENT_NAMES) or any(
-        kind.__module__.partition(".")[0] in ("httpx", "httpcore") and kind.__name__ == "TransportError"
+        kind.__module__.partition(".")[0] in ("httpx", "httpx2") and kind.__name__ == "TransportError"
         for kind in type(error).__mro__
     )
 

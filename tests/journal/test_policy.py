@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -30,16 +30,16 @@ from outlast.recovery.runtime import Runtime
 from tests.journal.test_langchain import Model
 from tests.journal.test_steps import run
 
-REQUEST = httpx.Request("POST", "http://localhost/v1/chat/completions")
+REQUEST = httpx2.Request("POST", "http://localhost/v1/chat/completions")
 
 
 def rate_limit(**headers: str) -> openai.RateLimitError:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return openai.RateLimitError("slow", response=httpx.Response(429, headers=named, request=REQUEST), body=None)
+    return openai.RateLimitError("slow", response=httpx2.Response(429, headers=named, request=REQUEST), body=None)
 
 
 def status(code: int) -> openai.APIStatusError:
-    return openai.APIStatusError("no", response=httpx.Response(code, request=REQUEST), body=None)
+    return openai.APIStatusError("no", response=httpx2.Response(code, request=REQUEST), body=None)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def status(code: int) -> openai.APIStatusError:
         (status(408), True),
         (status(400), False),
         (status(401), False),
-        (httpx.ConnectError("no"), True),
+        (httpx2.ConnectError("no"), True),
         (ValueError("no"), False),
     ],
 )
