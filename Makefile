@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dapr test-stores lint format types dapr bench bench-checkpointer clean
+.PHONY: help setup demo test test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ STORE ?= all
 test-stores: setup dapr ## Run the tests of state stores on real servers (STORE=redis for one)
 	STORE=$(STORE) $(BIN)/pytest tests/stores -rs $(ARGS)
 
+test-faults: setup dapr ## Break parts of the runtime with runs in flight (Redis, PostgreSQL; root for network and disk)
+	FAULTS=1 $(BIN)/pytest tests/faults -rs $(ARGS)
+
 lint: setup ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +53,12 @@ bench: setup dapr ## Measure the cost of a superstep
 
 bench-checkpointer: setup dapr ## Measure DaprSaver next to LangGraph's own savers (needs PostgreSQL and Redis servers)
 	$(BIN)/python -m benchmarks.checkpointer $(ARGS)
+
+bench-recovery: setup dapr ## Measure how long a run stands still after a kill
+	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
+bench-journal: setup dapr ## Measure what recording a model call or a tool call costs
+	$(BIN)/python -m benchmarks.journal $(ARGS)
 
 clean: ## Remove .venv and what the tools left in the tree
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

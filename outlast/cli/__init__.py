@@ -1,4 +1,4 @@
-"""The command line: `outlast demo`, `worker`, `sidecar`, `runs`, `show`, `answer`, `retry`, `cancel`, …
+"""The command line: `outlast demo`, `chaos`, `worker`, `sidecar`, `runs`, `show`, `answer`, `retry`, `cancel`, …
 
 Data goes to stdout, everything else to stderr. Exit status: 0 all right, 1 an error (with a message that names the
 mend), 2 wrong usage.
@@ -14,6 +14,7 @@ import typer
 
 from outlast.cli import act
 from outlast.cli._console import complain, print_line
+from outlast.cli.chaos import command as chaos
 from outlast.cli.demo import command as demo
 from outlast.cli.doctor import command as doctor
 from outlast.cli.migrate import command as migrate
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo)
+app.command("chaos")(chaos)
 app.command("worker")(worker)
 app.command("sidecar")(sidecar)
 app.command("runs")(list_runs)

@@ -34,7 +34,7 @@ def command(
 
     With --json it prints one line for each event: {"event": "ready" | "draining" | "stopped", "time", "pid", "agents"}.
     """
-    found = _load(agents)
+    found = load_agents(agents)
     names = sorted({agent.name for agent in found})
     runtimes: list[Runtime] = list({id(agent._runtime): agent._runtime for agent in found}.values())
     for agent in found:
@@ -62,7 +62,7 @@ def command(
     tell("stopped", "stopped; what is unfinished goes on at the next worker")
 
 
-def _load(targets: list[str]) -> list[Any]:
+def load_agents(targets: list[str]) -> list[Any]:
     """Import the agents, with the worker kept from starting before all of them are known."""
     sys.path.insert(0, os.getcwd())
     os.environ[WORKER] = "off"

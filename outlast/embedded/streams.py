@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 
 import dapr.ext.workflow._durabletask.internal.protos as pb
@@ -13,6 +14,8 @@ from outlast.embedded.workflows import Task, Turn
 MAX_TURNS = 100
 MAX_TASKS = 1000
 _PING_SECONDS = 30.0
+_SLOW_SECONDS = 1.5
+"""A worker answers a turn within milliseconds; one that has not for so long may be frozen."""
 _CLOSE = None
 
 
@@ -23,6 +26,7 @@ class WorkerStream:
         self.keeps_history = keeps_history
         self.turns: dict[str, Turn] = {}
         self.tasks: dict[str, Task] = {}
+        self.handed: dict[str, float] = {}
         # How many committed events of an instance's execution the worker has in its cache.
         self.cached: dict[str, tuple[int, int, int]] = {}
         self.closed = False
@@ -30,6 +34,12 @@ class WorkerStream:
 
     def send(self, item: pb.WorkItem) -> None:
         self._queue.put(item)
+
+    @property
+    def slow(self) -> bool:
+        """Whether a turn handed out a while ago is not answered yet."""
+        oldest = next(iter(self.handed.values()), None)
+        return oldest is not None and time.monotonic() - oldest > _SLOW_SECONDS
 
     def items(self) -> Iterator[pb.WorkItem]:
         """Work items as they come, with a health ping now and then; ends when the stream is closed."""
@@ -70,6 +80,7 @@ class Streams:
             items: list[Turn | Task] = [*stream.turns.values(), *stream.tasks.values()]
             stream.turns.clear()
             stream.tasks.clear()
+            stream.handed.clear()
         stream.close()
         return items
 
@@ -91,16 +102,22 @@ class Streams:
             return sum(len(stream.turns) for stream in self._streams), sum(len(s.tasks) for s in self._streams)
 
     def assign(self, item: Turn | Task) -> WorkerStream | None:
-        """Choose the worker for an item, in turn, preferring one with room; None if no worker is connected."""
+        """Choose the worker for an item: in turn, but rather one that answers, and one with room.
+
+        Returns None if no worker is connected.
+        """
         with self._mutex:
             count = len(self._streams)
             if not count:
                 return None
             order = [self._streams[(self._next + index) % count] for index in range(count)]
             self._next = (self._next + 1) % count
+            # Else a frozen one would get its part of what others do to overtake it, again and again.
+            order.sort(key=lambda stream: stream.slow)
             if isinstance(item, Turn):
                 stream = next((s for s in order if len(s.turns) < MAX_TURNS), order[0])
                 stream.turns[item.token] = item
+                stream.handed[item.token] = time.monotonic()
             else:
                 stream = next((s for s in order if len(s.tasks) < MAX_TASKS), order[0])
                 stream.tasks[item.token] = item
@@ -112,6 +129,7 @@ class Streams:
             for stream in self._streams:
                 turn = stream.turns.pop(token, None)
                 if turn is not None:
+                    stream.handed.pop(token, None)
                     return stream, turn
         return None
 
