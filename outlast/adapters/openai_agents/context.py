@@ -105,12 +105,18 @@ class Contexts:
         self._number = 0
         self._last: bytes | None = None
 
-    def begin(self, typed: Typed | None) -> None:
-        """Bring the context to where the attempt begins."""
+    def begin(self, typed: Typed | None, number: int = 0) -> None:
+        """Bring the context to where the attempt begins; `number` changes were recorded before."""
+        self._number = number
         if typed is None or self.value is None:
             return
         self._codec.restore(self.value, typed)
         self._last = bytes(typed[1])
+
+    @property
+    def number(self) -> int:
+        """How many changes are recorded."""
+        return self._number
 
     def encoded(self) -> list[Any] | None:
         """Return the context as it is now, for a record; None if there is none."""

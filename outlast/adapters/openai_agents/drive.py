@@ -64,7 +64,9 @@ class Drive:
             context = codec.decode(typed)
         self.contexts = Contexts(context, codec)
         self._stretch = 0
+        self._before = ""
         self._base: dict[str, Any] | None = None
+        self._track: Track | None = None
 
     async def carry(self) -> Outcome:
         """Carry the run on until it ends, waits, sleeps or drains.
@@ -84,11 +86,15 @@ class Drive:
                 return outcome
         return self._stopped()
 
+    @property
+    def _drained(self) -> bool:
+        return self._track is not None and self._track.drained
+
     def _stopped(self) -> Outcome:
         stop = self.attempt.stop
         if stop is not None and stop.question is not None:
             return stopped(self.attempt, results.encode_question(stop.question, self._before))
-        if stop is not None and stop.error is None and self._track.drained:
+        if stop is not None and stop.error is None and self._drained:
             return Outcome("yielded")
         return stopped(self.attempt, None)
 
@@ -102,16 +108,16 @@ class Drive:
 
     async def _run(self) -> Outcome:
         await asyncio.to_thread(self._read_base)
-        place = self._place = Place(self._track_from(0), f"s{self._stretch}" if self._stretch else "", "run")
-        start = await self._start()
-        checkpoints = Checkpoints(self._agent, self.attempt, place, self.contexts, self._stretch)
-        found = await checkpoints.newest()
-        if found is not None:
-            start, skipped = found
-            self._track = place.track = self._track_from(skipped, begun=True)
+        typed = self._base["context"] if self._base else self._submitted["context"]
+        self.contexts.begin((typed[0], typed[1]) if typed else None)
+        track = self._track = Track(self.attempt, self.contexts)
+        place = Place(track, f"s{self._stretch}" if self._stretch else "", "run")
         options = {**self._options, "context": self.contexts.value, "run_config": self._run_config()}
         if "session" in options:
-            options["session"] = journaled(options["session"], place)
+            options["session"] = place.session = journaled(options["session"], place)
+        checkpoints = Checkpoints(self._agent, self.attempt, place, self.contexts, self._stretch)
+        start, skipped = await checkpoints.newest(await self._start())
+        track.begin_after(skipped)
         with within(place), checkpoints.kept():
             async with _connected(self._agent):
                 if self._submitted["mode"] == "streamed":
@@ -122,13 +128,6 @@ class Drive:
         self._show(result)
         encoded = results.encode(result, self.contexts, self._stretch)
         return Outcome("waiting" if result.interruptions else "done", result=encoded)
-
-    def _track_from(self, skipped: int, begun: bool = False) -> Track:
-        if not begun:
-            base = self._base["context"] if self._base else self._submitted["context"]
-            self.contexts.begin((base[0], base[1]) if base else None)
-        self._track = Track(self.attempt, self.contexts, skipped)
-        return self._track
 
     # --- where the attempt begins
 

@@ -30,21 +30,25 @@ class Track:
     Args:
         attempt: The attempt.
         contexts: The context object of the run.
-        skipped: How many records the attempt begins after.
 
     Attributes:
         models: The journaled form of each model, by its id, with the model.
         drained: Whether the attempt has stopped because it was asked to.
-        progress: Set by the drive: what it notes of the root run.
     """
 
-    def __init__(self, attempt: Attempt, contexts: Contexts, skipped: int = 0) -> None:
+    def __init__(self, attempt: Attempt, contexts: Contexts) -> None:
         self.attempt = attempt
         self.contexts = contexts
         self.models: dict[int, Any] = {}
         self.drained = False
         self._lock = threading.Lock()
-        self._left = sum(record.kind in ("result", "error") for record in attempt.journal.records[skipped:])
+        self._left = 0
+        self.begin_after(0)
+
+    def begin_after(self, count: int) -> None:
+        """The attempt begins after so many records."""
+        records = self.attempt.journal.records[count:]
+        self._left = sum(record.kind in ("result", "error") for record in records)
 
     @property
     def replaying(self) -> bool:
@@ -64,6 +68,10 @@ class Place:
         track: The attempt.
         path: Names the place within the step it is in.
         kind: What it is.
+
+    Attributes:
+        answers: How many answers its model has given.
+        session: The journaled session of a run, if it has one.
     """
 
     def __init__(self, track: Track, path: str, kind: Literal["run", "agent_tool", "step"]) -> None:
@@ -71,6 +79,7 @@ class Place:
         self.path = path
         self.kind = kind
         self.answers = 0
+        self.session: Any = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 

@@ -116,26 +116,51 @@ def approval_id(item: ToolApprovalItem) -> str:
 
 def dumps_state(state: RunState[Any]) -> str:
     """Return a RunState as text, without the context object, which is kept beside it."""
+    return json.dumps(state_body(state), separators=(",", ":"))
+
+
+def state_body(state: RunState[Any]) -> dict[str, Any]:
+    """Return a RunState as a tree of its own, without the context object."""
     assert state._context is not None
     context, state._context.context = state._context.context, None
     try:
         body = state.to_json(context_serializer=lambda context: {})
     finally:
         state._context.context = context
+    # Some of it is the run's own, which changes.
+    body = json.loads(json.dumps(body))
     _strip(body)
-    return json.dumps(body, separators=(",", ":"))
+    return cast(dict[str, Any], body)
 
 
 def _strip(value: Any) -> None:
-    """Remove the contexts of nested runs, which are the run's own."""
+    """Remove the contexts of nested runs, which are the run's own, and what the SDK would refuse to read again."""
     if isinstance(value, list):
         for item in value:
             _strip(item)
     elif isinstance(value, dict):
         if "context_meta" in value:
             value["context"] = {} if value["context"] is not None else None
+        if isinstance(value.get("context"), dict) and "tool_invocations" in value["context"]:
+            _forget_filtered(value)
         for item in value.values():
             _strip(item)
+
+
+def _forget_filtered(state: dict[str, Any]) -> None:
+    """Remove finished calls whose items an input filter took out of the history: the SDK takes them for corruption."""
+    lists = [state.get("generated_items"), state.get("session_items"), state.get("original_input")]
+    lists.append((state.get("last_processed_response") or {}).get("new_items"))
+    found: dict[str, set[bool]] = {}
+    for item in (item for items in lists if isinstance(items, list) for item in items if isinstance(item, dict)):
+        raw = item.get("raw_item", item)
+        if isinstance(raw, dict):
+            call_id = str(raw.get("call_id") or raw.get("id"))
+            found.setdefault(call_id, set()).add(str(raw.get("type")).endswith("_output"))
+    invocations = state["context"]["tool_invocations"] or {}
+    for call_id, invocation in list(invocations.items()):
+        if invocation.get("completed") and found.get(call_id) != {True, False}:
+            del invocations[call_id]
 
 
 async def loads_state(agent: Agent[Any], text: str, context: Any) -> RunState[Any]:

@@ -7,14 +7,14 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from agents import RunState
+from agents import RunState, run
 from agents.guardrail import InputGuardrail, OutputGuardrail
 from agents.result import RunResult, RunResultStreaming
 from agents.run import AgentRunner, get_default_agent_runner, set_default_agent_runner
 from agents.run_internal import model_retry, run_loop, tool_actions, tool_execution, turn_resolution
 from agents.tool_guardrails import ToolInputGuardrail, ToolOutputGuardrail
 
-from outlast.adapters.openai_agents import effects, models
+from outlast.adapters.openai_agents import checkpoints, effects, models
 from outlast.adapters.openai_agents.place import Place, here, within
 from outlast.adapters.openai_agents.sessions import journaled
 from outlast.errors import OutlastError
@@ -72,6 +72,8 @@ def _sleep_for_retry(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SEAMS: Final[list[tuple[Any, str, Callable[[Any], Any]]]] = [
+    (run, "run_single_turn", checkpoints.run_single_turn),
+    (run_loop, "run_single_turn_streamed", checkpoints.run_single_turn_streamed),
     (run_loop, "get_model", _get_model),
     (model_retry, "_sleep_for_retry", _sleep_for_retry),
     (tool_execution, "_invoke_function_tool_with_metadata", effects.invoke_function_tool),

@@ -1,0 +1,145 @@
+"""What the processes under test do. Each function is the main program of one process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from agents import SQLiteSession, set_default_openai_api, set_default_openai_client, set_tracing_disabled
+from agents.items import ToolCallItem
+from openai import AsyncOpenAI
+
+from outlast.adapters.openai_agents import DaprSession, Runner
+from outlast.errors import RunNotFoundError
+from outlast.recovery import runs
+from outlast.recovery.runtime import default_runtime
+from tests.acceptance import points
+from tests.openai_agents import desk
+
+logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(name)s %(levelname)s %(message)s")
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+MODEL_URL = "DESK_MODEL_URL"
+
+
+def begin(folder: str) -> None:
+    """Set this process up."""
+    points.use(folder)
+    set_tracing_disabled(True)
+    set_default_openai_api("chat_completions")
+    set_default_openai_client(AsyncOpenAI(base_url=os.environ[MODEL_URL], api_key="none", max_retries=0))
+
+
+class MarkedSession(SQLiteSession):
+    """A session in a file of its own, whose writes are points."""
+
+    async def add_items(self, items: Any) -> None:
+        points.reached("session before")
+        await super().add_items(items)
+        points.reached("session after")
+
+
+def session_of(folder: str, kind: str, run_id: str) -> Any:
+    return DaprSession(run_id) if kind == "dapr" else MarkedSession(run_id, Path(folder, "session.db"))
+
+
+def submit(folder: str, run_id: str, mode: str, session: str) -> None:
+    """Run the agent, answer what it asks, report."""
+    begin(folder)
+    points.instrument(run_id, run_id)
+    asyncio.run(_play(folder, run_id, mode, session))
+    default_runtime().stop()
+
+
+def recover(folder: str, run_id: str, mode: str, session: str) -> None:
+    """Write down what is recorded, then do the same as `submit` in a new process."""
+    begin(folder)
+    try:
+        runtime = default_runtime()
+        runtime.client.run(runs.read(run_id))
+        handle = Runner.get_run(desk.make(), run_id)
+        steps = [[record.type, record.name] for record in handle.steps() if record.kind == "result"]
+        handle.close()
+    except RunNotFoundError:
+        points.note("resubmitted")
+        steps = []
+    write(folder, "recorded", steps)
+    asyncio.run(_play(folder, run_id, mode, session))
+    default_runtime().stop()
+
+
+async def _play(folder: str, run_id: str, mode: str, session: str) -> None:
+    agent, context, conversation = desk.make(), desk.Desk(), session_of(folder, session, run_id)
+    given: dict[str, Any] = {"context": context, "session": conversation, "run_id": run_id, "max_turns": 20}
+    told: list[str] = []
+    input: Any = desk.INPUT
+    while True:
+        if mode == "run":
+            result: Any = await Runner.run(agent, input, **given)
+        else:
+            result = Runner.run_streamed(agent, input, **given)
+            async for event in result.stream_events():
+                if event.type == "run_item_stream_event":
+                    told.append(_told(event))
+        if not result.interruptions:
+            break
+        points.note("answered")
+        state = result.to_state()
+        for item in result.interruptions:
+            if item.call_id == "refund-40":
+                state.approve(item)
+            else:
+                state.reject(item, rejection_message="two are too few")
+        input = state
+        points.reached("answer before")
+    items = await conversation.get_items()
+    head = default_runtime().client.run(runs.read(run_id))
+    write(
+        folder,
+        "result",
+        {
+            "output": result.final_output.model_dump(),
+            "last_agent": result.last_agent.name,
+            "usage": _usage(result.context_wrapper.usage),
+            "items": [_plain(item) for item in result.new_items],
+            "responses": len(result.raw_responses),
+            "guardrails": [
+                [found.guardrail.get_name(), found.output.output_info]
+                for found in [*result.input_guardrail_results, *result.output_guardrail_results]
+            ],
+            "session": [_bare(item) for item in items],
+            "context": {**dataclasses.asdict(context), "log": sorted(context.log)},
+            "status": head.status,
+            "told": sorted(told),
+        },
+    )
+
+
+def _usage(usage: Any) -> dict[str, int]:
+    return {"requests": usage.requests, "input": usage.input_tokens, "output": usage.output_tokens}
+
+
+def _told(event: Any) -> str:
+    return f"{event.name} {json.dumps(_bare(event.item.to_input_item()), sort_keys=True)}"
+
+
+def _plain(item: Any) -> list[Any]:
+    name = item.tool_name if isinstance(item, ToolCallItem) else None
+    said = None if item.type == "tool_approval_item" else _bare(item.to_input_item())
+    return [item.type, item.agent.name, name, said]
+
+
+def _bare(item: Any) -> Any:
+    """An item without what differs from run to run."""
+    return {key: value for key, value in dict(item).items() if key not in ("id", "provider_data") and value is not None}
+
+
+def write(folder: str, name: str, value: Any) -> None:
+    path = Path(folder, name)
+    path.with_suffix(".new").write_text(json.dumps(value))
+    path.with_suffix(".new").rename(path)
