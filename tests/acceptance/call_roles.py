@@ -17,13 +17,16 @@ from outlast.recovery.runtime import default_runtime
 from tests.acceptance import calls, points, roles
 
 
-def submit(folder: str, thread: str, run_id: str, agent: str, is_async: bool) -> None:
+def submit(folder: str, thread: str, run_id: str, agent: str, is_async: bool, streamed: bool = False) -> None:
     """Run an agent, report."""
     points.use(folder)
     points.instrument(run_id, thread)
     durable = calls.make(agent, is_async)
     config = {"configurable": {"thread_id": thread}, "run_id": run_id}
-    if is_async:
+    if streamed:
+        assert list(durable.stream(calls.input_of(agent), config, stream_mode="messages"))
+        out = durable.get_run(run_id).result(roles.PATIENCE)
+    elif is_async:
         out = asyncio.run(durable.ainvoke(calls.input_of(agent), config))
     else:
         out = _outcome(lambda: durable.invoke(calls.input_of(agent), config))
@@ -31,7 +34,7 @@ def submit(folder: str, thread: str, run_id: str, agent: str, is_async: bool) ->
     default_runtime().stop()
 
 
-def recover(folder: str, thread: str, run_id: str, agent: str, is_async: bool) -> None:
+def recover(folder: str, thread: str, run_id: str, agent: str, is_async: bool, streamed: bool = False) -> None:
     """Write down what is recorded, then make the agent durable again and see its run end."""
     points.use(folder)
     roles.write(folder, "recorded", recorded(run_id))
@@ -41,6 +44,7 @@ def recover(folder: str, thread: str, run_id: str, agent: str, is_async: bool) -
         handle = durable.get_run(run_id)
     except RunNotFoundError:
         points.note("resubmitted")
+        assert not streamed, "its points come after the run is accepted"
         if is_async:
             handle = asyncio.run(durable.astart(calls.input_of(agent), config, run_id=run_id))
         else:

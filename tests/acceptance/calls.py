@@ -120,29 +120,42 @@ class Plan(TypedDict, total=False):
     messages: Annotated[list[AnyMessage], operator.add]
 
 
-def fan(is_async: bool) -> Any:
+def fan(is_async: bool, prefix: str = "") -> Any:
     """One node with two model calls at once, then four tool calls at once (two of them equal), then a model call."""
     chat = model()
     city = {"city": "Rome"}
     tools = {"search": tool("search"), "price": tool("price", artifact=True), "book": tool("book")}
+    first, last = [f"{prefix}outline", f"{prefix}check"], f"{prefix}polish"
 
     def work(state: Plan) -> Any:
-        first = chat.batch(["outline", "check"])
+        said = chat.batch(first)
         used = RunnableParallel(**tools, again=tools["book"]).invoke(city)
-        last = chat.invoke("polish")
-        return {"log": [used[name] for name in sorted(used)], "messages": [*first, last]}
+        return {"log": [used[name] for name in sorted(used)], "messages": [*said, chat.invoke(last)]}
 
     async def awork(state: Plan) -> Any:
-        first = await asyncio.gather(chat.ainvoke("outline"), chat.ainvoke("check"))
+        said = await asyncio.gather(*map(chat.ainvoke, first))
         used = await asyncio.gather(*(tools[name].ainvoke(city) for name in ("book", "book", "price", "search")))
-        last = await chat.ainvoke("polish")
-        return {"log": used, "messages": [*first, last]}
+        return {"log": used, "messages": [*said, await chat.ainvoke(last)]}
 
     def end(state: Plan) -> Any:
         return {"log": ["end"]}
 
     builder = StateGraph(Plan).add_node("work", awork if is_async else work).add_node("end", end)
-    return builder.add_edge(START, "work").add_edge("work", "end").compile()
+    return builder.add_edge(START, "work").add_edge("work", "end")
+
+
+def nest(is_async: bool) -> Any:
+    """`fan` as a node, which keeps its state, and `fan` called in a node, which keeps none and begins anew."""
+    inner, called = fan(is_async, "in ").compile(), fan(is_async, "out ").compile(checkpointer=False)
+
+    def call(state: Plan) -> Any:
+        return called.invoke({"log": []})
+
+    async def acall(state: Plan) -> Any:
+        return await called.ainvoke({"log": []})
+
+    builder = StateGraph(Plan).add_node("inner", inner).add_node("call", acall if is_async else call)
+    return builder.add_edge(START, "inner").add_edge("inner", "call").compile()
 
 
 def parts(count: int) -> Any:
@@ -230,7 +243,9 @@ def make(name: str, is_async: bool = False) -> Any:
         case "trio":
             return durable(trio(), name=name)
         case "fan":
-            return durable(fan(is_async), name=name)
+            return durable(fan(is_async).compile(), name=name)
+        case "nest":
+            return durable(nest(is_async), name=name)
         case "rounds":
             return durable(rounds(how == "async"), name=name)
         case "parts":

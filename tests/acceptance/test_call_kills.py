@@ -13,8 +13,17 @@ from tests.acceptance.world import World, around
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(300)]
 
-MODEL_CALLS = {"trio": {"trip": 1, "trip after tool": 1}, "fan": {"outline": 1, "check": 1, "polish": 1}}
-BOOKED = {"trio": {"search": 1, "price": 1, "book": 1}, "fan": {"search": 1, "price": 1, "book": 2}}
+FAN = ("outline", "check", "polish")
+MODEL_CALLS = {
+    "trio": dict.fromkeys(["trip", "trip after tool"], 1),
+    "fan": dict.fromkeys(FAN, 1),
+    "nest": dict.fromkeys([f"{where} {what}" for where in ("in", "out") for what in FAN], 1),
+}
+BOOKED = {
+    "trio": {"search": 1, "price": 1, "book": 1},
+    "fan": {"search": 1, "price": 1, "book": 2},
+    "nest": {"search": 2, "price": 2, "book": 4},
+}
 WHEN = ("before", "during", "after")
 
 
@@ -68,14 +77,37 @@ def _check(world: World, begun: set[str], recorded: dict[str, list[str]], agent:
 def test_a_run_survives_a_kill_at_every_call(stage: Stage, agent: str, is_async: bool) -> None:
     order = {"agent": agent, "is_async": is_async}
     expected, trace = _undisturbed(stage, order)
-    calls = {f"model {name}" for name in MODEL_CALLS[agent]} | {f"tool {name}" for name in BOOKED[agent]}
-    assert {f"{call} {when}" for call in calls for when in WHEN} <= set(trace)
     commits = [point for point in dict.fromkeys(trace) if point.endswith(WHEN) and point.split()[1] in ("j", "t")]
     assert sum(" j " in point for point in commits) >= 6, "calls are recorded one after another in both agents"
     # Recording is the same code in async: there a third of it will do. The thread's commits have a matrix of their own.
-    points = sorted(f"{call} {when}" for call in calls for when in WHEN)
+    points = _calls(agent, trace)
     points += [point for number, point in enumerate(commits) if number % (3 if is_async else 1) == 0 and " j " in point]
     points += [point for number, point in enumerate(commits) if number % 6 == 0 and " t " in point]
+    _kill(stage, points, expected, order)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_calls_in_graphs_in_graphs_survive_a_kill_at_each(stage: Stage, is_async: bool) -> None:
+    order = {"agent": "nest", "is_async": is_async}
+    expected, trace = _undisturbed(stage, order)
+    _kill(stage, _calls("nest", trace), expected, order)
+
+
+def test_a_streamed_run_survives_a_kill_at_every_call(stage: Stage) -> None:
+    order = {"agent": "trio", "is_async": False, "streamed": True}
+    expected, trace = _undisturbed(stage, order)
+    _kill(stage, _calls("trio", trace), expected, order)
+
+
+def _calls(agent: str, trace: list[str]) -> list[str]:
+    """The points around the calls of an agent, all of which an undisturbed run came through."""
+    calls = {f"model {name}" for name in MODEL_CALLS[agent]} | {f"tool {name}" for name in BOOKED[agent]}
+    points = sorted(f"{call} {when}" for call in calls for when in WHEN)
+    assert set(points) <= set(trace)
+    return points
+
+
+def _kill(stage: Stage, points: list[str], expected: Any, order: dict[str, Any]) -> None:
     stories = {point.replace(" ", "-"): functools.partial(_killed_at, point, expected, order) for point in points}
     wrong = stage.play_all(stories)
     report = "\n\n".join(f"=== killed at {name}: {what}" for name, what in wrong.items())
