@@ -48,8 +48,8 @@ class Record:
     """What is written of a step.
 
     Attributes:
-        kind: `result` or `error`: how it ended; `intent`: that it begins; `pause`: that it is tried again later;
-            `grant`: that a person raised a limit.
+        kind: `result` or `error`: how it ended; `intent`: that it begins; `pause`: that it came to no outcome and is
+            made again; `grant`: that a person raised a limit.
         key: Where in the run, and what; the same in every attempt.
         slot: Which of several equal calls at that place.
         number: How many outcomes the slot had before.
@@ -209,7 +209,7 @@ class Journal:
         if record.kind == "intent":
             slot.intents += 1
         elif record.kind == "pause":
-            slot.tries = int(record.value)
+            slot.tries, slot.intents = int(record.value), 0
         else:
             slot.outcomes.append(record)
             slot.intents = slot.tries = 0

@@ -19,9 +19,13 @@ from outlast.checkpointer import keys
 from outlast.errors import (
     BudgetExceededError,
     CircuitOpenError,
+    FencedError,
     JournalMismatchError,
+    RecordTooLargeError,
+    SidecarUnavailableError,
     StepInDoubtError,
     StepTimeoutError,
+    StoreError,
 )
 from outlast.recovery import failures
 from outlast.recovery.journal import Kind, Place, Record, Round, Usage, shortened
@@ -35,6 +39,7 @@ logger = logging.getLogger("outlast.steps")
 T = TypeVar("T")
 
 _POLL: Final = 0.02
+_INFRASTRUCTURE: Final = (FencedError, StoreError, SidecarUnavailableError)
 _Type = type[BaseException]
 
 
@@ -291,16 +296,17 @@ def perform(here: Scope, call: StepCall, replayed: Callable[[], None] = lambda: 
 def _compare(attempt: Attempt, found: Record, call: StepCall) -> None:
     if found.digest == call.digest:
         return
-    text = (
-        f"run {attempt.run_id!r}: {call.type} {call.name!r} is recorded with another request. "
-        f"Recorded: {found.request}\nNow: {shortened(call.request())}\n"
-    )
     if attempt.policies.on_mismatch == "accept":
-        logger.warning("%sThe recorded outcome is used.", text)
+        logger.warning(
+            "run %s: %s %s is recorded with another request; the recorded outcome is used",
+            attempt.run_id, call.type, call.name,
+        )  # fmt: skip
         return
     raise JournalMismatchError(
-        f"{text}The code, or something it depends on, changed between attempts. Run it with the code that began it, or "
-        "accept what is recorded: durable(..., on_mismatch='accept')"
+        f"run {attempt.run_id!r}: {call.type} {call.name!r} is recorded with another request. "
+        f"Recorded: {found.request}\nNow: {shortened(call.request())}\n"
+        "The code, or something it depends on, changed between attempts. Run it with the code that began it, or "
+        "accept what is recorded: durable(..., policies=Policies(on_mismatch='accept'))"
     )
 
 
@@ -309,18 +315,23 @@ def _make(making: _Making) -> Steps[Any]:
     outcome = yield from _resolve_doubt(making)
     if outcome is not None:
         return call.loads(outcome.value)
-    if policy.on_in_doubt in ("ask", "fail"):
-        yield from _write(making, making.record("intent"))
-    tries = making.place.slot.tries
+    tries = before = making.place.slot.tries
     while True:
         tries += 1
         yield from _budget(making)
+        if policy.on_in_doubt in ("ask", "fail") and tries == before + 1:
+            yield from _write(making, making.record("intent"))
         try:
             value = yield from _try(making)
         except Exception as error:
             if isinstance(error, call.volatile):
                 making.attempt.account.end(making, call.type, None, made=False)
+                yield from _not_in_doubt(making, tries - 1)
                 raise
+            if isinstance(error, _INFRASTRUCTURE) and not isinstance(error, RecordTooLargeError):
+                # Not the step failed but what keeps its run: no outcome of the step, and nothing to go on from.
+                making.attempt.end_with(Stop(error=error))
+                raise AttemptStopped from error
             making.attempt.account.end(making, call.type, None, made=not isinstance(error, CircuitOpenError))
             wait = policy.retry.wait(error, tries) if policy.retry else None
             if wait is None:
@@ -331,6 +342,12 @@ def _make(making: _Making) -> Steps[Any]:
                 making.attempt.run_id, call.type, call.name, tries, wait, "; ".join(failures.describe(error)),
             )  # fmt: skip
             yield from _pause(making, tries, wait)
+        except AttemptStopped:
+            # A step in this one ends the attempt; this one will be made again, and that is no doubt.
+            making.attempt.account.end(making, call.type, None, made=False)
+            if making.attempt.stop is not None and making.attempt.stop.error is None:
+                yield from _not_in_doubt(making, tries - 1)
+            raise
         except BaseException:
             making.attempt.account.end(making, call.type, None, made=False)
             raise
@@ -360,6 +377,12 @@ def _try(making: _Making) -> Steps[Any]:
         raise
     finally:
         making.attempt.breakers.left(endpoint, policy.breaker, failed)
+
+
+def _not_in_doubt(making: _Making, tries: int) -> Steps[None]:
+    """Take an intent back: the call has ended, without an outcome."""
+    if making.place.slot.intents:
+        yield from _write(making, making.record("pause", value=tries))
 
 
 def _write(making: _Making, record: Record) -> Steps[None]:
@@ -446,13 +469,13 @@ def _budget(making: _Making) -> Steps[None]:
 def _pause(making: _Making, tries: int, seconds: float) -> Steps[None]:
     """Wait before the next try: here if that is soon, else without a worker."""
     assert making.policy.retry is not None
-    if seconds > making.policy.retry.hold:
-        yield from _write(making, making.record("pause", value=tries))
-        making.attempt.end_with(Stop(until=time.time() + seconds))
-        raise AttemptStopped
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
+    until = time.time() + seconds
+    while (left := until - time.time()) > 0:
         making.attempt.check()
+        if left > making.policy.retry.hold or making.attempt.draining:
+            yield from _write(making, making.record("pause", value=tries))
+            making.attempt.end_with(Stop(until=until))
+            raise AttemptStopped
         yield Sleep(min(left, 0.5))
 
 

@@ -23,6 +23,7 @@ from outlast.errors import (
     CorruptRecordError,
     FencedError,
     OutlastError,
+    RecordTooLargeError,
     RunCancelledError,
     RunNotFoundError,
     SidecarUnavailableError,
@@ -55,6 +56,7 @@ One that is not there is fetched; those of runs are short."""
 _QUIET: Final = 0.05
 """Seconds without anything to do after which a worker that stops may disconnect."""
 _RETRY: Final = (StoreError, SidecarUnavailableError)
+"""What an attempt is made again for; what is too large for the store fails the run instead."""
 
 
 class Worker:
@@ -300,7 +302,7 @@ class Worker:
         self._until(done, attempt)
         if failure:
             error = failure[0]
-            if isinstance(error, (FencedError, *_RETRY)):
+            if isinstance(error, (FencedError, *_RETRY)) and not isinstance(error, RecordTooLargeError):
                 raise error
             logger.error("run %s: attempt failed outside the agent", attempt.run_id, exc_info=error)
             return Outcome("failed", error=describe(error), exception=error)
@@ -331,7 +333,7 @@ class Worker:
             )
         )  # fmt: skip
         if head.status == "failed":
-            logger.warning("run %s failed: %s", head.run_id, ": ".join(outcome.error or ()))
+            logger.warning("run %s failed: %s", head.run_id, ": ".join(head.error or ()))
         if head.status == "accepted" or (head.status == "waiting" and (not head.idle or head.cancel)):
             return {"then": "again"}
         if head.ended:

@@ -15,6 +15,7 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.graph import START, StateGraph
 from langgraph.types import RetryPolicy as NodeRetry
+from langgraph.types import interrupt
 
 from outlast import (
     Budget,
@@ -32,6 +33,7 @@ from outlast import (
     SerializationError,
     StepPolicy,
     StepTimeoutError,
+    StoreError,
     current_step,
     durable,
     step,
@@ -535,3 +537,41 @@ async def test_an_attempt_is_unwound_whatever_user_code_makes_of_it(runtime: Run
     graph = durable(one_node(node), name=name(), runtime=runtime)
     assert (await graph.ainvoke({"given": 1}))["out"] == ["through", "beside"]
     assert tries.count("beside") == 1, "what was in flight beside it is waited for and recorded"
+
+
+def test_an_interrupt_in_a_step_leaves_no_doubt(runtime: Runtime, name: Names) -> None:
+    """A tool that asks before it acts was called, and came to nothing: whoever resumes it is not asked twice."""
+    calls: list[str] = []
+
+    @tool
+    def refund(amount: int) -> str:
+        """Refund."""
+        calls.append("asked")
+        answer = interrupt(f"refund {amount}?")
+        calls.append("done")
+        return f"refunded {amount}: {answer}"
+
+    graph = one_node(lambda state: {"out": refund.invoke({"amount": 5})})
+    policies = Policies(tools=StepPolicy(on_in_doubt="ask"))
+    handle = durable(graph, name=name(), runtime=runtime, policies=policies).start({"given": 1})
+    assert handle.result(20)["__interrupt__"][0].value == "refund 5?"
+    assert handle.question() is None
+    handle.resume("yes")
+    assert handle.result(20)["out"] == "refunded 5: yes"
+    assert calls == ["asked", "asked", "done"]
+    assert [record.kind for record in handle.steps()] == ["intent", "pause", "intent", "result"]
+
+
+def test_what_fails_the_store_is_no_outcome_of_a_step(runtime: Runtime, name: Names) -> None:
+    calls: list[int] = []
+
+    @step
+    def remember() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            raise StoreError("the store is away")
+        return "remembered"
+
+    handle = run(runtime, name(), lambda _: remember())
+    assert handle.result(20)["out"] == "remembered"
+    assert [record.kind for record in handle.steps()] == ["result"]

@@ -20,7 +20,7 @@ from langgraph.types import Command, Interrupt, StateSnapshot
 from outlast.adapters.langgraph.place import RunSaver
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.saver import DaprSaver
-from outlast.errors import FencedError, SidecarUnavailableError, StoreError
+from outlast.errors import FencedError, RecordTooLargeError, SidecarUnavailableError, StoreError
 from outlast.recovery.attempt import Attempt, Outcome
 from outlast.recovery.ending import stopped
 from outlast.recovery.failures import describe
@@ -162,6 +162,9 @@ class Drive:
             return Outcome("yielded")
         except GraphRecursionError:
             error = self._limit_reached()
+            return Outcome("failed", error=describe(error), exception=error)
+        except RecordTooLargeError as error:
+            # Trying again would not help.
             return Outcome("failed", error=describe(error), exception=error)
         except (FencedError, StoreError, SidecarUnavailableError):
             raise
