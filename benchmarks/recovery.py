@@ -4,6 +4,9 @@ Four cases, on the embedded sidecar and on daprd, each so many times, each time 
 another: the only worker is killed and started again at once; a worker is killed while another replica lives; the
 sidecar is killed and started again at once; the only worker and its sidecar are killed and started again at once.
 
+A worker is started by forking a process that has the libraries imported, as a preforking server does; with --cold by
+starting Python anew, which adds what importing LangGraph takes.
+
     make bench-recovery          or            python -m benchmarks.recovery --times 30
 """
 
@@ -18,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from tests.acceptance.zygote import Zygote
 from tests.harness.daprd import DaprCluster, Daprd
 from tests.harness.procs import Child, free_ports, wait_for
 
@@ -66,6 +71,15 @@ def agent() -> Any:
     builder = StateGraph(State)
     builder.add_node("node", node).add_edge(START, "node").add_edge("node", "node")
     return durable(builder.compile(), name="loop")
+
+
+def work() -> None:
+    """Child process: carry runs on until it is killed."""
+    loop = agent()
+    loop.runtime.start_worker()
+    sys.stdout.write('"ready"\n')
+    sys.stdout.flush()
+    threading.Event().wait()
 
 
 def _submit() -> None:
@@ -120,6 +134,8 @@ class Place:
     folder: Path
     sidecars: list[EmbeddedSidecars | Daprd]
     envs: list[dict[str, str]]
+    zygote: Zygote
+    cold: bool
     workers: dict[int, Child] = field(default_factory=dict)
     submitter: Any = None
     _count: int = 0
@@ -130,8 +146,12 @@ class Place:
 
     def start_worker(self, replica: int, ready: bool = True) -> None:
         env = {**self.envs[replica], STEPS: str(self.steps)}
-        command = ["-m", "outlast.cli", "worker", "--json", "benchmarks.recovery:agent"]
-        self.workers[replica] = Child.python(*command, log=self.folder / f"worker-{replica}.log", env=env)
+        log = self.folder / f"worker-{replica}.log"
+        if self.cold:
+            command = ["-m", "outlast.cli", "worker", "--json", "benchmarks.recovery:agent"]
+            self.workers[replica] = Child.python(*command, log=log, env=env)
+        else:
+            self.workers[replica] = self.zygote.fork("benchmarks.recovery.work", log, env)
         if ready:
             self.workers[replica].wait_for_line('"ready"', _PATIENCE)
 
@@ -176,36 +196,38 @@ class Place:
 
 
 @contextmanager
-def _embedded(folder: Path, case: str) -> Iterator[Place]:
+def _embedded(folder: Path, case: str, *how: Any) -> Iterator[Place]:
     if case == "other replica alive":
         # Each process with its own sidecar inside, on one file: as they are when nothing is configured.
         env = {"OUTLAST_EMBEDDED_PATH": str(folder / "outlast.db")}
-        yield Place(folder, [], [env, env])
+        yield Place(folder, [], [env, env], *how)
         return
     sidecar = EmbeddedSidecars(folder)
     sidecar.start()
     try:
-        yield Place(folder, [sidecar], [sidecar.env, sidecar.env])
+        yield Place(folder, [sidecar], [sidecar.env, sidecar.env], *how)
     finally:
         sidecar.kill()
 
 
 @contextmanager
-def _on_daprd(folder: Path, case: str) -> Iterator[Place]:
+def _on_daprd(folder: Path, case: str, *how: Any) -> Iterator[Place]:
     with DaprCluster(folder / "dapr") as cluster:
         first = cluster.start_daprd()
         replicas = [first] + ([cluster.start_daprd(first.app_id)] if case == "other replica alive" else [])
-        yield Place(folder, [*replicas], [daprd.env for daprd in replicas])
+        yield Place(folder, [*replicas], [daprd.env for daprd in replicas], *how)
 
 
-PLACES: dict[str, Callable[[Path, str], Any]] = {"embedded": _embedded, "daprd": _on_daprd}
+PLACES: dict[str, Callable[..., Any]] = {"embedded": _embedded, "daprd": _on_daprd}
 
 
-def measure(where: str, case: str, times: int) -> list[float]:
+def measure(where: str, case: str, times: int, cold: bool) -> list[float]:
     """Return the seconds that runs stood still."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        place: Place = stack.enter_context(PLACES[where](folder, case))
+        zygote = Zygote(folder)
+        stack.callback(zygote.close)
+        place: Place = stack.enter_context(PLACES[where](folder, case, zygote, cold))
         for replica in range(2 if case == "other replica alive" else 1):
             place.start_worker(replica)
         stack.callback(lambda: [worker.kill() for worker in place.workers.values()])
@@ -235,13 +257,16 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=30)
     parser.add_argument("--on", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cold", action="store_true", help="start Python anew for each worker")
     parser.add_argument("--json", action="store_true", help="print the raw figures")
     parser.add_argument("--submit", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.submit:
         _submit()
         return
-    results = {f"{case}, {where}": measure(where, case, asked.times) for where in asked.on for case in asked.case}
+    results = {
+        f"{case}, {where}": measure(where, case, asked.times, asked.cold) for where in asked.on for case in asked.case
+    }
     if asked.json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return

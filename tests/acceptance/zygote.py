@@ -224,7 +224,7 @@ def _fork(request: dict[str, Any], pipes: tuple[int, int]) -> None:
         os.dup2(out, 2)
         os.environ.update(request["env"])
         module, _, function = request["function"].rpartition(".")
-        module = module if module.startswith("tests.") else f"tests.acceptance.{module or 'roles'}"
+        module = module if "." in module else f"tests.acceptance.{module or 'roles'}"
         roles = importlib.import_module(module)
         getattr(roles, function)(**request["arguments"])
         status = 0
