@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from agents import Agent, RunState
+from agents._run_state_agent_identity import _build_agent_identity_keys_by_id
 from agents.items import ModelResponse
 from agents.run_internal.run_steps import NextStepRunAgain
 from agents.run_internal.session_persistence import session_items_for_turn
@@ -31,7 +32,7 @@ from outlast.recovery.journal import Record
 
 logger = logging.getLogger("outlast.steps")
 
-EVERY: Final = 10
+EVERY: Final = 5
 """Turns between checkpoints."""
 TYPE: Final = "checkpoint"
 _TAIL: Final = 8
@@ -61,6 +62,9 @@ class Checkpoints:
         self._count = 0
         self._turn = self._last = 0
         self._off = False
+        self._responses = 0
+        self._items: list[Any] = []
+        self._written: list[Any] = []
         self._progress = _Progress()
 
     # --- beginning
@@ -82,7 +86,8 @@ class Checkpoints:
                     "run %s: the checkpoint cannot be read by this release of the SDK; the run is replayed from its "
                     "beginning", self._attempt.run_id, exc_info=True,
                 )  # fmt: skip
-                self._before, self._count = None, len(entered)
+                self._before, self._count, self._responses = None, len(entered), 0
+                self._items, self._written = [], []
                 skipped = 0
         else:
             skipped = 0
@@ -93,18 +98,35 @@ class Checkpoints:
 
     async def _load(self, entered: Sequence[tuple[int, Record]]) -> tuple[RunState[Any], int]:
         body: Any = None
-        for _, record in entered:
+        stored: list[Any] = []
+        for _, record in self._chain(entered):
             body = patched(None if record.value["whole"] else body, json.loads(record.value["state"]))
+            stored += record.value["responses"]
         at, newest = entered[-1]
         value = newest.value
         context = value["context"]
         self._contexts.begin((context[0], context[1]) if context else None, value["changes"])
+        responses = [
+            results.CODEC.loads_typed((kind, data))
+            for _, record in self._chain(entered)
+            for kind, data in record.value["responses"]
+        ]
         state = await results.loads_state(self._agent, json.dumps(body), self._contexts.value)
-        self._before, self._count = body, len(entered)
+        state._model_responses = responses
+        if value["same"]:
+            state._generated_items = list(state._session_items)
+        self._before, self._count, self._responses = body, len(entered), len(responses)
+        self._items, self._written = list(state._session_items), body["session_items"]
         self._place.go_on(value["counts"])
         if self._place.session is not None:
             self._place.session._outlast_known = value["session"]
         return state, at
+
+    @staticmethod
+    def _chain(entered: Sequence[tuple[int, Record]]) -> Sequence[tuple[int, Record]]:
+        """Return the newest whole checkpoint and the changes after it."""
+        start = max(at for at, (_, record) in enumerate(entered) if record.value["whole"])
+        return entered[start:]
 
     # --- keeping
 
@@ -132,6 +154,7 @@ class Checkpoints:
             state._current_turn = self._turn - 1
             state._current_step = NextStepRunAgain()
             state._current_turn_persisted_item_count = 0
+            state._last_processed_response = None
             self._enter(state)
         except Exception as error:
             # It only makes a resume quicker: agents of one name, say, are nothing the SDK can write down.
@@ -142,14 +165,31 @@ class Checkpoints:
         """A turn of a run that is not streamed has ended."""
         self._progress.add(result)
 
+    def _body(self, state: RunState[Any]) -> dict[str, Any]:
+        """Return a state as a tree; of a history that has only grown, what was written before is taken as it was."""
+        known = len(self._items)
+        items = state._session_items
+        if not _same(state._generated_items, items) or not _same(items[:known], self._items):
+            self._items, self._written = [], []
+            return results.state_body(state)
+        keys = _build_agent_identity_keys_by_id(self._agent)
+        new = [state._serialize_item(item, agent_identity_keys_by_id=keys) for item in items[known:]]
+        self._items, self._written = list(items), [*self._written, *json.loads(json.dumps(new))]
+        state._generated_items, state._session_items = [], []
+        return {**results.state_body(state), "session_items": self._written}
+
     def _enter(self, state: RunState[Any]) -> None:
-        body = results.state_body(state)
+        responses, state._model_responses = state._model_responses[self._responses :], []
+        same = _same(state._generated_items, state._session_items)
+        body = self._body(state)
         changes = difference(self._before, body) if self._before is not None else {"=": body}
         session = self._place.session
         known = session._outlast_known if session is not None else None
         value = {
             "whole": self._before is None,
             "state": json.dumps(changes, separators=(",", ":")),
+            "same": same,
+            "responses": [list(results.CODEC.dumps_typed(response)) for response in responses],
             "counts": self._place.counts,
             "session": None if known is None else known[-_TAIL:],
             "context": self._contexts.encoded(),
@@ -162,7 +202,7 @@ class Checkpoints:
         )  # fmt: skip
         # Nobody waits for it: what is recorded after it is committed after it.
         self._attempt.journal.write(record)
-        self._before, self._count = body, self._count + 1
+        self._before, self._count, self._responses = body, self._count + 1, self._responses + len(responses)
 
 
 class _Progress:
@@ -184,6 +224,10 @@ class _Progress:
         self.responses.append(result.model_response)
         self.tool_inputs += result.tool_input_guardrail_results
         self.tool_outputs += result.tool_output_guardrail_results
+
+
+def _same(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    return len(first) == len(second) and all(one is other for one, other in zip(first, second, strict=True))
 
 
 # --- what has changed in a tree of JSON
@@ -263,6 +307,5 @@ def _state_of_turn(agent: Agent[Any], turn: dict[str, Any], progress: _Progress)
     state._tool_input_guardrail_results = list(progress.tool_inputs)
     state._tool_output_guardrail_results = list(progress.tool_outputs)
     state._current_agent = turn["bindings"].public_agent
-    state._last_processed_response = None
     state.set_tool_use_tracker_snapshot(serialize_tool_use_tracker(turn["tool_use_tracker"], starting_agent=agent))
     return state

@@ -138,10 +138,20 @@ class AgentRun(RunHandle[RunResult]):
         live = self._attachment.extras.get("live")
         if live is not None and live[0] == head.attempts and isinstance(live[1], RunResult) and not head.question:
             return self._named(live[1])
+        return self._named(self.rebuilt(head))
+
+    def rebuilt(self, head: RunHead) -> RunResult:
+        """Return the result from its record; the context that the caller gave is brought to where the run left it.
+
+        Raises:
+            RunWaitsError: If the run waits for an answer to a question of outlast.
+        """
         body = self._read(head)
         if body["kind"] == "question":
             raise RunWaitsError(self.run_id, Question(**body["question"]))
-        return self._named(results.now(results.rebuild(self._agent.agent, body, self._agent.context_codec)))
+        given = self._attachment.extras.get("options", {}).get("context")
+        agent = self._attachment.extras.get("agent") or self._agent.agent
+        return results.now(results.rebuild(agent, body, self._agent.context_codec, given))
 
     def _named(self, result: RunResult) -> RunResult:
         named: RunResult = name_states(result, self.run_id)

@@ -173,10 +173,17 @@ async def loads_state(agent: Agent[Any], text: str, context: Any) -> RunState[An
     return state
 
 
-async def rebuild(agent: Agent[Any], body: Mapping[str, Any], contexts: ContextCodec) -> RunResult:
-    """Return the result that a run in another process has come to."""
+async def rebuild(agent: Agent[Any], body: Mapping[str, Any], contexts: ContextCodec, context: Any) -> RunResult:
+    """Return the result that a run in another process has come to.
+
+    Args:
+        context: The caller's own context object, to be brought to where the run has left it; None to make one.
+    """
     typed = body["context"]
-    context = contexts.decode((typed[0], typed[1])) if typed else None
+    if typed and context is not None:
+        contexts.restore(context, (typed[0], typed[1]))
+    elif typed:
+        context = contexts.decode((typed[0], typed[1]))
     state = await loads_state(agent, body["state"], context)
     kind, data = body["output"]
     assert state._context is not None
