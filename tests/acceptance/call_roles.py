@@ -71,7 +71,7 @@ def recorded(run_id: str) -> dict[str, list[str]]:
     return found
 
 
-def submit_waiting(folder: str, agent: str, prefix: str, count: int, at_once: int = 8) -> None:
+def submit_waiting(folder: str, agent: str, prefix: str, count: int, at_once: int = 4) -> None:
     """Submit runs that ask a question; when told to, answer them all, and see them end."""
     points.use(folder)
     os.environ["OUTLAST_WORKER"] = "off"

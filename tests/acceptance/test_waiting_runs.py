@@ -36,9 +36,9 @@ def _submit(scenario: Scenario, count: int) -> tuple[Forked, Path]:
     return submitter, scenario.folder / f"answer-{prefix}"
 
 
-def test_runs_that_wait_hold_nothing(replicated: Stage, request: pytest.FixtureRequest) -> None:
+def test_runs_that_wait_hold_nothing(stage: Stage, request: pytest.FixtureRequest) -> None:
     count = request.config.getoption("--waiting")
-    with replicated.scenario("waiting") as scenario:
+    with stage.scenario("waiting") as scenario:
         worker = scenario.fork("serve", 0, FRUGAL, agent_names=[AGENT])
         worker.wait_for_line("serving")
         first = _submit(scenario, WARM)
