@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
+from typer import BadParameter
 
 from outlast.chaos.events import HANG, Writer
 from outlast.checkpointer import keys
 from outlast.cli._serving import UntilStopped
 from outlast.cli.worker import load_agents
+from outlast.errors import OutlastError
 from outlast.recovery import steps
 from outlast.recovery.journal import Journal, Place, Record, Round
 from outlast.recovery.runtime import WORKER
@@ -140,7 +142,11 @@ def _end(handle: Any, timeout: float) -> dict[str, Any]:
 def main() -> None:
     """Run as a process."""
     role, target, folder = sys.argv[1:]
-    (agent,) = load_agents([target])
+    try:
+        (agent,) = load_agents([target])
+    except (OutlastError, BadParameter) as error:
+        _say(failed=str(error))
+        sys.exit(1)
     if role == "submit":
         _submit(agent)
         return

@@ -133,6 +133,8 @@ class Trial:
 
     def _ready(self, program: Program) -> None:
         said = program.hear()
+        if "failed" in said:
+            raise ChaosError(f"the agent cannot be loaded: {said['failed']}")
         if said["store"] != self.options.store:
             raise ChaosError(f"the agent is on the state store {said['store']!r}: --store {said['store']}")
 

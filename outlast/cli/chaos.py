@@ -29,7 +29,7 @@ _DAPR: Final = ("DAPR_GRPC_PORT", "DAPR_GRPC_ENDPOINT", "DAPR_HTTP_PORT", "DAPR_
 
 
 def command(
-    scenario: Annotated[str, typer.Argument(help=f"{_SCENARIOS}.")],
+    scenario: Annotated[str, typer.Argument(metavar="SCENARIO", help=f"{_SCENARIOS}.")],
     agent: Annotated[str, typer.Argument(metavar="MODULE:ATTR", help="Where the durable agent is.")],
     given: Annotated[str | None, typer.Option("--input", help="What to run it with: JSON, or a text to say.")] = None,
     input_file: Annotated[Path | None, typer.Option(help="The same, from a file.", exists=True, dir_okay=False)] = None,
@@ -95,8 +95,8 @@ def command(
         print_json(_as_dict(trial, verdicts, skipped, uncompared))
     else:
         _print(trial, verdicts, uncompared)
-    for name, why in skipped.items():
-        say(f"{name} was not played: {why}")
+    for why in skipped.values():
+        say(f"not played: {why}")
     for text in dict.fromkeys(f"{verdict.scenario}: {text}" for verdict in verdicts for text in verdict.failures):
         complain(text)
     if failed:

@@ -107,3 +107,10 @@ def test_a_scenario_that_needs_a_model_says_so(ledger: LedgerServer) -> None:
     assert done.returncode == 1
     assert "OPENAI_BASE_URL" in done.stderr
     assert not done.stdout
+
+
+def test_an_agent_that_cannot_be_loaded_is_an_error_without_a_traceback(ledger: LedgerServer) -> None:
+    done = _chaos(ledger, "kill-worker", "no_such_module:agent", "--input", "Hello")
+    assert done.returncode == 1
+    assert "there is no module 'no_such_module'" in done.stderr
+    assert "Traceback" not in done.stderr
