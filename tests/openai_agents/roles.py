@@ -15,11 +15,12 @@ from agents.items import ToolCallItem
 from openai import AsyncOpenAI
 
 from outlast.adapters.openai_agents import DaprSession, Runner
+from outlast.adapters.openai_agents.codec import AgentsCodec
 from outlast.errors import RunNotFoundError
-from outlast.recovery import runs
+from outlast.recovery import journal, runs
 from outlast.recovery.runtime import default_runtime
 from tests.acceptance import points
-from tests.openai_agents import desk
+from tests.openai_agents import desk, workshop
 
 logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(name)s %(levelname)s %(message)s")
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -59,18 +60,46 @@ def submit(folder: str, run_id: str, mode: str, session: str) -> None:
 def recover(folder: str, run_id: str, mode: str, session: str) -> None:
     """Write down what is recorded, then do the same as `submit` in a new process."""
     begin(folder)
-    try:
-        runtime = default_runtime()
-        runtime.client.run(runs.read(run_id))
-        handle = Runner.get_run(desk.make(), run_id)
-        steps = [[record.type, record.name] for record in handle.steps() if record.kind == "result"]
-        handle.close()
-    except RunNotFoundError:
-        points.note("resubmitted")
-        steps = []
-    write(folder, "recorded", steps)
+    _write_recorded(folder, run_id)
     asyncio.run(_play(folder, run_id, mode, session))
     default_runtime().stop()
+
+
+def _write_recorded(folder: str, run_id: str) -> None:
+    client = default_runtime().client
+    try:
+        client.run(runs.read(run_id))
+    except RunNotFoundError:
+        points.note("resubmitted")
+        records = []
+    else:
+        records = client.run(journal.read(run_id, AgentsCodec()))
+    write(
+        folder, "recorded", [[each.type, each.name, each.key] for each in records if each.kind in ("result", "error")]
+    )
+
+
+def work(folder: str, run_id: str, mode: str, again: bool) -> None:
+    """Run the agent of the workshop, for the first time or again, and report."""
+    begin(folder)
+    if again:
+        _write_recorded(folder, run_id)
+    else:
+        points.instrument(run_id, run_id)
+    asyncio.run(_work(folder, run_id, mode))
+    default_runtime().stop()
+
+
+async def _work(folder: str, run_id: str, mode: str) -> None:
+    given: dict[str, Any] = {"run_id": run_id, "max_turns": 20, "hooks": workshop.Hooks()}
+    if mode == "run":
+        result: Any = await Runner.run(workshop.make(), "go", **given)
+    else:
+        result = Runner.run_streamed(workshop.make(), "go", **given)
+        async for _ in result.stream_events():
+            pass
+    outputs = [[item.type, str(getattr(item, "output", ""))] for item in result.new_items]
+    write(folder, "result", {"output": result.final_output, "items": outputs, "responses": len(result.raw_responses)})
 
 
 async def _play(folder: str, run_id: str, mode: str, session: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from outlast.testing import ScriptedModelServer
 from tests.acceptance.points import claimed
 from tests.acceptance.scenario import Scenario, Stage, died
-from tests.openai_agents import desk
+from tests.openai_agents import desk, workshop
 from tests.openai_agents.roles import MODEL_URL
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(1500)]
@@ -70,7 +70,7 @@ def _killed_at(point: str, expected: Any, order: dict[str, str], scenario: Scena
             accepted = "Create r #1 after" in scenario.trace
             scenario.fork("tests.openai_agents.roles.recover", **names).check(60)
             assert not (accepted and "resubmitted" in scenario.trace), "an accepted run was not there"
-            recorded = Counter(name for kind, name in map(tuple, scenario.json("recorded")))
+            recorded = Counter(name for kind, name, key in scenario.json("recorded"))
             recorded["to_refunds"] = recorded["transfer_to_refunds"]
             for name, count in scenario.effects.items():
                 in_flight = max(0, before[name] - recorded[name])
@@ -101,6 +101,57 @@ def test_a_run_survives_a_kill_at_every_boundary(stage: Stage, mode: str, sessio
     step = 1 if (mode, session, sidecar) == ("run", "sqlite", "embedded") else 4
     points = [*own, *others[::step]]
     stories = {point.replace(" ", "-"): functools.partial(_killed_at, point, expected, order) for point in points}
+    wrong = stage.play_all(stories)
+    report = "\n\n".join(f"=== killed at {name}: {what[-4000:]}" for name, what in wrong.items())
+    assert not wrong, f"{len(wrong)} of {len(points)} kills: {', '.join(wrong)}\n{report}"
+
+
+_STEPS = {
+    "mcp": "tool/ask_mcp", "shell": "tool/shell", "local shell": "tool/local_shell", "custom": "tool/custom",
+    "patch": "tool/apply_patch.create_file", "click": "tool/computer.click", "shot": "tool/computer.screenshot",
+    "marked": "tool/nested/call-nested/function/marked", "nested": "tool/nested", "fails": "tool/fails",
+    "slow": "tool/slow",
+}  # fmt: skip
+
+
+def _is_of(key: str, name: str) -> bool:
+    """Whether a recorded step is that of an effect."""
+    if name.startswith("model "):
+        return key == f"m{name.removeprefix('model ')}"
+    if name == "helper":
+        return key.startswith("tool/nested/") and key.endswith("/m0")
+    step = _STEPS[name]
+    return key.startswith(f"{step}/") and (name == "marked") == ("/function/" in key) and not key.endswith("/m0")
+
+
+def _worked(point: str, expected: Any, mode: str, scenario: Scenario) -> None:
+    names = {"run_id": f"run-{secrets.token_hex(4)}", "mode": mode}
+    scenario.env[MODEL_URL] = "http://127.0.0.1:9/v1"
+    scenario.at("kill_at", point)
+    first = scenario.fork("tests.openai_agents.roles.work", again=False, **names)
+    first.wait()
+    if died(first):
+        before = scenario.effects
+        scenario.fork("tests.openai_agents.roles.work", again=True, **names).check(60)
+        recorded = [key for _, _, key in scenario.json("recorded")]
+        for name in workshop.EFFECTS:
+            done = any(_is_of(key, name) for key in recorded)
+            limit = 1 if done or not before[name] else 2
+            assert 1 <= scenario.effects[name] <= limit, f"{name} took place {scenario.effects[name]} times"
+    assert scenario.json("result") == expected
+
+
+@pytest.mark.parametrize("mode", ["run", "streamed"])
+def test_every_kind_of_tool_survives_a_kill_before_and_after(stage: Stage, mode: str) -> None:
+    with stage.scenario("undisturbed") as scenario:
+        scenario.env[MODEL_URL] = "http://127.0.0.1:9/v1"
+        run_id = f"run-{secrets.token_hex(4)}"
+        scenario.fork("tests.openai_agents.roles.work", run_id=run_id, mode=mode, again=False).check()
+        counted = {name: count for name, count in scenario.effects.items() if not name.startswith("hook ")}
+        assert counted == workshop.EFFECTS
+        expected = scenario.json("result")
+        points = [point for point in dict.fromkeys(scenario.trace) if point.startswith("node ")]
+    stories = {point.replace(" ", "-"): functools.partial(_worked, point, expected, mode) for point in points}
     wrong = stage.play_all(stories)
     report = "\n\n".join(f"=== killed at {name}: {what[-4000:]}" for name, what in wrong.items())
     assert not wrong, f"{len(wrong)} of {len(points)} kills: {', '.join(wrong)}\n{report}"

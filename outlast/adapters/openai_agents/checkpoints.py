@@ -106,11 +106,7 @@ class Checkpoints:
         value = newest.value
         context = value["context"]
         self._contexts.begin((context[0], context[1]) if context else None, value["changes"])
-        responses = [
-            results.CODEC.loads_typed((kind, data))
-            for _, record in self._chain(entered)
-            for kind, data in record.value["responses"]
-        ]
+        responses = [results.CODEC.loads_typed((kind, data)) for kind, data in stored]
         state = await results.loads_state(self._agent, json.dumps(body), self._contexts.value)
         state._model_responses = responses
         if value["same"]:
