@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from outlast import RunFailedError, RunNotFoundError
+from outlast import RunFailedError, RunNotFoundError, StoreError
 from outlast.checkpointer import DaprSaver
 from outlast.recovery import journal
 from outlast.recovery.runtime import default_runtime
@@ -78,8 +78,14 @@ def submit_waiting(folder: str, agent: str, prefix: str, count: int, at_once: in
     durable = roles.make(agent)
     names = [f"{prefix}-{number}" for number in range(count)]
 
-    def start(name: str) -> None:
-        durable.start({"log": [name]}, {"configurable": {"thread_id": name}}, run_id=name).close()
+    def start(name: str, tries: int = 5) -> None:
+        try:
+            durable.start({"log": [name]}, {"configurable": {"thread_id": name}}, run_id=name).close()
+        except StoreError:
+            # daprd's SQLite store gives up on a lock after two seconds. Submitted again, it is the same run.
+            if tries == 1:
+                raise
+            start(name, tries - 1)
 
     def waiting(name: str) -> None:
         assert "__interrupt__" in durable.get_run(name).result(roles.PATIENCE)
