@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,35 +26,38 @@ AWAY = 5.0
 class App:
     """Two replicas on one store."""
 
+    name: str
     store: servers.Server
     cluster: DaprCluster
     daprds: list[Daprd]
     workers: list[Child]
 
 
-@pytest.fixture(scope="module")
-def app(
-    request: pytest.FixtureRequest, world: World, folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[App]:
-    home = tmp_path_factory.mktemp(request.param)
+@contextmanager
+def _app(name: str, open_store: AbstractContextManager[Any], world: World, home: Path) -> Iterator[App]:
     with ExitStack() as stack:
-        open_store = servers.redis(home) if request.param == "redis" else servers.postgres()
-        store: servers.Redis | servers.Postgres = stack.enter_context(open_store)
+        store = stack.enter_context(open_store)
         cluster = stack.enter_context(DaprCluster(home / "dapr", {"statestore.yaml": store.component}))
         first = cluster.start_daprd()
         daprds = [first, cluster.start_daprd(first.app_id)]
         workers = [
-            stack.enter_context(start_worker(folder, f"{request.param}-{number}", {**world.env, **daprd.env}))
+            stack.enter_context(start_worker(home, f"worker-{number}", {**world.env, **daprd.env}))
             for number, daprd in enumerate(daprds)
         ]
-        yield App(store, cluster, daprds, workers)
+        yield App(name, store, cluster, daprds, workers)
 
 
-@pytest.fixture
-def user(app: App, world: World) -> Iterator[User]:
-    using = User(Address(LOOPBACK, app.daprds[0].grpc_port), world)
-    yield using
-    using.close()
+@pytest.fixture(scope="module")
+def on_redis(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    home = tmp_path_factory.mktemp("redis")
+    with _app("redis", servers.redis(home), world, home) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def on_postgres(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    with _app("postgres", servers.postgres(), world, tmp_path_factory.mktemp("postgres")) as app:
+        yield app
 
 
 def _away(kill: Callable[[], None], start: Callable[[], None]) -> Callable[[], None]:
@@ -88,12 +92,19 @@ FAULTS: dict[str, Callable[[App], Callable[[], None]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("app", "part"),
-    # What does not touch the store is the same on both.
-    [*(("redis", part) for part in FAULTS), ("postgresql", "store"), ("postgresql", "every-daprd")],
-    indirect=["app"],
-)
-def test_a_part_of_the_runtime_is_killed(app: App, user: User, world: World, part: str) -> None:
-    store = type(app.store).__name__.lower()
-    play(f"{part}-{store}", world, user, app.workers, FAULTS[part](app))
+def _play(app: App, world: World, part: str) -> None:
+    user = User(Address(LOOPBACK, app.daprds[0].grpc_port), world)
+    try:
+        play(f"{part}-{app.name}", world, user, app.workers, FAULTS[part](app))
+    finally:
+        user.close()
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_a_part_of_the_runtime_is_killed(on_redis: App, world: World, part: str) -> None:
+    _play(on_redis, world, part)
+
+
+@pytest.mark.parametrize("part", ["store", "every-daprd"])
+def test_what_touches_the_store_is_killed_on_postgresql_too(on_postgres: App, world: World, part: str) -> None:
+    _play(on_postgres, world, part)
