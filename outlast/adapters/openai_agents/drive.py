@@ -125,6 +125,9 @@ class Drive:
                 else:
                     result = await sdk_runner().run(self._agent, start, **options)
         self.attempt.check()
+        if getattr(result, "_cancel_mode", "none") == "immediate":
+            # The run is cancelled, which the next attempt finds.
+            return Outcome("yielded")
         self._show(result)
         encoded = results.encode(result, self.contexts, self._stretch)
         return Outcome("waiting" if result.interruptions else "done", result=encoded)

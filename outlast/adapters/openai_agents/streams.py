@@ -108,12 +108,18 @@ class _Follower:
     def cancel(self) -> None:
         """End the run."""
         self._cancelled = True
-        inner = self._attachment.extras.get("inner")
-        if self._handle is not None:
-            handle = self._handle
-            asyncio.get_running_loop().run_in_executor(None, handle.cancel)
-        if inner is not None and not inner.is_complete:
-            inner.cancel()
+        handle, inner = self._handle, self._attachment.extras.get("inner")
+        if handle is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            handle.cancel()
+            if inner is not None:
+                # Once it is written down: what ends now ends as cancelled.
+                loop.call_soon_threadsafe(inner.cancel)
+
+        loop.run_in_executor(None, end)
 
     def after_turn(self) -> None:
         """End the run after its turn, if it is carried out here."""
