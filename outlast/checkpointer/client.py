@@ -186,14 +186,14 @@ class StateClient:
             return error
 
     def _patiently(self, operation: Operation) -> Calls[Any]:
-        """Carry an operation out; a request that finds no sidecar is made again for a while."""
+        """Carry an operation out; a request that finds no sidecar, or a store locked, is made again for a while."""
         calls = self._calls(operation)
         try:
             asked = next(calls)
             while True:
                 reply = yield asked
                 started, delay = time.monotonic(), 0.05
-                while code_of(reply) == grpc.StatusCode.UNAVAILABLE and time.monotonic() - started < self._patience:
+                while _passing(reply) and time.monotonic() - started < self._patience:
                     yield Pause(delay)
                     delay = min(delay * 2, 1.0)
                     reply = yield asked
@@ -303,6 +303,14 @@ class StateClient:
     def close(self) -> None:
         """Close the connection of the sync driver; those of event loops end with their loops."""
         self._channel.close()
+
+
+def _passing(reply: Any) -> bool:
+    """Tell whether a reply means that nothing was done, and that the same request may go through in a moment."""
+    code = code_of(reply)
+    # Dapr's SQLite store answers so where other writers hold the file for longer than its busyTimeout.
+    locked = code is not None and any(word in (reply.details() or "") for word in ("SQLITE_BUSY", "database is locked"))
+    return code == grpc.StatusCode.UNAVAILABLE or locked
 
 
 def _close(reference: weakref.ref[StateClient]) -> None:
