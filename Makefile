@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal clean
+.PHONY: help setup demo demo-openai test test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ setup: $(READY) ## Create .venv with everything in it (uv where present, else ve
 
 demo: setup ## Kill an agent in the middle of its run and watch it finish by itself
 	@$(BIN)/outlast demo
+
+demo-openai: setup ## The same with an OpenAI agent: a support desk that is killed while it pays
+	@$(BIN)/python examples/support_desk.py demo
 
 test: setup ## Run the tests (no Dapr installation needed)
 	$(BIN)/pytest -n auto -rs -m "not dapr" $(ARGS)

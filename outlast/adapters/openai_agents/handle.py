@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from agents import RunResult, RunState
 from agents.items import ToolApprovalItem
 
-from outlast.adapters.openai_agents import results
+from outlast.adapters.openai_agents import checkpoints, results
 from outlast.adapters.openai_agents.results import Approval, RunWaitsError
 from outlast.errors import RunStateError
 from outlast.recovery import runs
 from outlast.recovery.answers import Answer, give_answer
 from outlast.recovery.attempt import Attachment
 from outlast.recovery.handle import RunHandle
+from outlast.recovery.journal import Record
 from outlast.recovery.runs import RunHead
 from outlast.recovery.steps import Question
 
@@ -128,6 +129,10 @@ class AgentRun(RunHandle[RunResult]):
             raise RunStateError(f"run {self.run_id!r} does not wait for an approval{named}: {waits}")
 
     # --- results
+
+    def steps(self) -> list[Record]:
+        """Return the recorded steps of the run, in the order in which they ended."""
+        return [record for record in super().steps() if record.type != checkpoints.TYPE]
 
     def _read(self, head: RunHead) -> dict[str, Any]:
         return results.decode(self._runtime.client.run(runs.read_typed(self.run_id, head.result)))
