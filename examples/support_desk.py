@@ -6,7 +6,7 @@ OPENAI_BASE_URL, OPENAI_API_KEY and LEDGER_URL.
 
     python support_desk.py            ask, and say what the run waits for
     python support_desk.py approve    approve the refund, from a process of its own, and see the run end
-    python support_desk.py demo       all of it with local servers, killed with SIGKILL in the middle (`make demo-openai`)
+    python support_desk.py demo       all of it with local servers, killed in the middle (`make demo-openai`)
 """
 
 import asyncio

@@ -23,7 +23,7 @@ from outlast.recovery import runs
 from outlast.recovery.attempt import Attempt, Outcome
 from outlast.recovery.ending import stopped
 from outlast.recovery.failures import describe
-from outlast.recovery.runs import RunHead
+from outlast.recovery.runs import RunHead, Typed
 from outlast.recovery.runtime import Runtime
 
 RUN_ID: Final = "outlast_run_id"
@@ -67,6 +67,7 @@ class Drive:
         self._before = ""
         self._base: dict[str, Any] | None = None
         self._track: Track | None = None
+        self._told: list[Typed] | None = None
 
     async def carry(self) -> Outcome:
         """Carry the run on until it ends, waits, sleeps or drains.
@@ -129,7 +130,7 @@ class Drive:
             # The run is cancelled, which the next attempt finds.
             return Outcome("yielded")
         self._show(result)
-        encoded = results.encode(result, self.contexts, self._stretch)
+        encoded = results.encode(result, self.contexts, self._stretch, self._told)
         return Outcome("waiting" if result.interruptions else "done", result=encoded)
 
     # --- where the attempt begins
@@ -189,12 +190,24 @@ class Drive:
         if attachment is not None:
             attachment.extras["inner"] = inner
         names, wire = events.Names(), events.Wire(self._agent)
+        told: list[events.Chunk] = []
         if isinstance(start, RunState):
             names.skip_answers(len(start._model_responses))
-            for event in events.of_items(start._session_items):
-                await self._publish(names.chunk(event), wire)
+            before = [wire.loads((kind, data)) for kind, data in (self._base or {}).get("told") or ()]
+            known = [chunk.event for chunk in before if chunk is not None] or events.of_items(start._session_items)
+            for event in known:
+                told.append(names.chunk(event))
+                await self._publish(told[-1], wire)
         async for event in inner.stream_events():
-            await self._publish(names.chunk(event), wire)
+            chunk = names.chunk(event)
+            if chunk.name:
+                told.append(chunk)
+            await self._publish(chunk, wire)
+        if attachment is not None:
+            attachment.extras["told"] = told
+        if len(list(events.of_items(inner.new_items))) < sum(chunk.is_item for chunk in told):
+            # An input filter of a handoff has taken items out of the history that readers have been told of.
+            self._told = [wire.dumps(chunk) for chunk in told]
         return inner
 
     async def _publish(self, chunk: events.Chunk, wire: events.Wire) -> None:

@@ -39,6 +39,11 @@ class Chunk:
     number: int
     event: StreamEvent
 
+    @property
+    def is_item(self) -> bool:
+        """Whether it tells of a run item."""
+        return isinstance(self.event, RunItemStreamEvent)
+
 
 class Names:
     """Gives the events of an attempt their names."""

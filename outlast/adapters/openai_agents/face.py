@@ -26,7 +26,7 @@ from outlast.recovery.attempt import Attachment, Attempt, Outcome
 from outlast.recovery.budget import Budget
 from outlast.recovery.failures import describe
 from outlast.recovery.policy import Policies
-from outlast.recovery.runs import RunHead, RunInput
+from outlast.recovery.runs import RunHead, RunInput, Typed
 from outlast.recovery.runtime import Runtime
 
 logger = logging.getLogger("outlast.worker")
@@ -223,6 +223,17 @@ class DurableAgent:
         if not mine:
             self._bring_parts(run_id)
         return handle
+
+    def told(self, state: RunState[Any], run_id: str | None) -> list[Typed]:
+        """Return what readers were told of the waiting run that a state is of. For the streams."""
+        run_id = self._waiting(run_id or run_of(state) or "")
+        if run_id is None:
+            return []
+        handle = AgentRun(self, run_id)
+        try:
+            return handle.told(self._runtime.client.run(runs.read(run_id)))
+        finally:
+            handle.close()
 
     def _waiting(self, run_id: str) -> str | None:
         try:

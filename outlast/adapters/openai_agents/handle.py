@@ -17,7 +17,7 @@ from outlast.recovery.answers import Answer, give_answer
 from outlast.recovery.attempt import Attachment
 from outlast.recovery.handle import RunHandle
 from outlast.recovery.journal import Record
-from outlast.recovery.runs import RunHead
+from outlast.recovery.runs import RunHead, Typed
 from outlast.recovery.steps import Question
 
 if TYPE_CHECKING:
@@ -133,6 +133,10 @@ class AgentRun(RunHandle[RunResult]):
     def steps(self) -> list[Record]:
         """Return the recorded steps of the run, in the order in which they ended."""
         return [record for record in super().steps() if record.type != checkpoints.TYPE]
+
+    def told(self, head: RunHead) -> list[Typed]:
+        """Return what readers were told of the run, if that is more than its result has."""
+        return [(kind, data) for kind, data in self._read(head).get("told") or ()] if head.result else []
 
     def _read(self, head: RunHead) -> dict[str, Any]:
         return results.decode(self._runtime.client.run(runs.read_typed(self.run_id, head.result)))

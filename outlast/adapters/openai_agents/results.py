@@ -54,11 +54,12 @@ class RunWaitsError(OutlastError):
         self.question = question
 
 
-def encode(result: Any, contexts: Contexts, stretch: int) -> Typed:
+def encode(result: Any, contexts: Contexts, stretch: int, told: list[Typed] | None) -> Typed:
     """Return the record of what an attempt has come to.
 
     Args:
         stretch: How often the run had waited for approvals before.
+        told: What readers were told, where that is more than the result has.
 
     Raises:
         SerializationError: If the final output cannot be stored.
@@ -75,6 +76,7 @@ def encode(result: Any, contexts: Contexts, stretch: int) -> Typed:
             "output": list(output),
             "state": dumps_state(result.to_state()),
             "context": contexts.encoded(),
+            "told": told and [list(typed) for typed in told],
             "approvals": [vars(_approval(item)) for item in pending],
         }
     )

@@ -135,7 +135,7 @@ class _Follower:
         first = kwargs.pop("agent", None)
         try:
             if isinstance(self._input, RunState):
-                self._skip(self._input)
+                await self._skip(self._input, own.get("run_id"))
             self._handle = await asyncio.to_thread(
                 self._agent.begin, self._input, kwargs, "streamed", attachment=self._attachment, agent=first, **own
             )
@@ -149,11 +149,13 @@ class _Follower:
             if self._handle is not None:
                 self._handle.close()
 
-    def _skip(self, state: RunState[Any]) -> None:
-        """What the state has the reader has been told of."""
+    async def _skip(self, state: RunState[Any], run_id: str | None) -> None:
+        """What the state has, or the waiting run has told, the reader has been told of."""
+        stored = await asyncio.to_thread(self._agent.told, state, run_id)
         names = events.Names()
-        for event in events.of_items(state._session_items):
-            self._seen.takes(names.chunk(event))
+        told = [chunk for typed in stored if (chunk := self._wire.loads(typed)) is not None]
+        for chunk in told or [names.chunk(event) for event in events.of_items(state._session_items)]:
+            self._seen.takes(chunk)
 
     async def _events(self) -> None:
         idle = 0.0
@@ -217,9 +219,13 @@ class _Follower:
         else:
             found = await handle.aresult()
         _mirror(found, self._result)
+        told = self._attachment.extras.get("told") if found is (live and live[1]) else None
+        if told is None:
+            stored = await asyncio.to_thread(handle.told, head)
+            told = [chunk for typed in stored if (chunk := self._wire.loads(typed)) is not None]
         names = events.Names()
-        for event in events.of_items(found.new_items):
-            self._take(names.chunk(event))
+        for chunk in told or [names.chunk(event) for event in events.of_items(found.new_items)]:
+            self._take(chunk)
         name_states(self._result, handle.run_id)
 
 
