@@ -195,7 +195,7 @@ class StateClient:
                 started, delay = time.monotonic(), 0.05
                 while _passing(reply) and time.monotonic() - started < self._patience:
                     yield Pause(delay)
-                    delay = min(delay * 2, 1.0)
+                    delay = min(delay * 2, 0.2)
                     reply = yield asked
                 asked = calls.send(reply)
         except StopIteration as stop:
