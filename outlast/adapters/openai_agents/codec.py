@@ -88,7 +88,8 @@ def _object(value: Any) -> Any:
     if isinstance(value, BaseModel):
         # With the fields as they are, so that what is in them keeps its class; unset ones stay unset.
         names = value.model_fields_set
-        fields = {name: _plain(item) for name, item in value.__dict__.items() if name in names}
+        # The SDK attaches to responses what their types have no field for, under names of its own.
+        fields = {name: _plain(item) for name, item in value.__dict__.items() if name in names or name.startswith("_")}
         extra = {name: _plain(item) for name, item in (value.__pydantic_extra__ or {}).items()}
         return {_TAG: ["model", *where, {**fields, **extra}]}
     if dataclasses.is_dataclass(value):
@@ -173,9 +174,10 @@ def _model(kind: Any, fields: dict[str, Any]) -> Any:
     for name, field in known.items():
         if name not in values and not field.is_required():
             values[name] = field.get_default(call_default_factory=True, validated_data=values)
-    extra = {name: value for name, value in fields.items() if name not in known}
-    object.__setattr__(made, "__dict__", values)
-    object.__setattr__(made, "__pydantic_fields_set__", set(fields))
+    attached = {name: value for name, value in fields.items() if name not in known and name.startswith("_")}
+    extra = {name: value for name, value in fields.items() if name not in known and name not in attached}
+    object.__setattr__(made, "__dict__", values | attached)
+    object.__setattr__(made, "__pydantic_fields_set__", fields.keys() - attached.keys())
     object.__setattr__(made, "__pydantic_extra__", extra if kind.model_config.get("extra") == "allow" else None)
     object.__setattr__(made, "__pydantic_private__", None)
     if kind.__private_attributes__:

@@ -199,20 +199,11 @@ class _BrokenStream(Exception):
 def _streamed_call(call: StepCall) -> StepCall:
     """Return the step of a streamed answer: its result is the last event."""
 
-    def loads(stored: dict[str, Any]) -> Any:
-        event = call.loads(stored)
-        if stored.get("request_id") and getattr(event, "response", None) is not None:
-            event.response._request_id = stored["request_id"]
-        return event
-
-    def dumps(event: Any) -> dict[str, Any]:
-        return {**call.dumps(event), "request_id": getattr(getattr(event, "response", None), "_request_id", None)}
-
     def usage(event: Any) -> Usage | None:
         used = getattr(getattr(event, "response", None), "usage", None)
         return Usage(used.input_tokens, used.output_tokens, call.name) if used else None
 
-    return replace(call, dumps=dumps, loads=loads, usage=usage, volatile=(_BrokenStream,))
+    return replace(call, usage=usage, volatile=(_BrokenStream,))
 
 
 async def _events(
