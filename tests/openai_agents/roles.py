@@ -172,3 +172,33 @@ def write(folder: str, name: str, value: Any) -> None:
     path = Path(folder, name)
     path.with_suffix(".new").write_text(json.dumps(value))
     path.with_suffix(".new").rename(path)
+
+
+def long(folder: str, run_id: str, turns: int, mode: str, again: bool) -> None:
+    """Run an agent for many turns, for the first time or again, and report."""
+    begin(folder)
+    agent = workshop.long(turns)
+
+    async def play() -> Any:
+        given: dict[str, Any] = {"run_id": run_id, "max_turns": None, "session": session_of(folder, "sqlite", run_id)}
+        if mode == "run":
+            return await Runner.run(agent, "go", **given)
+        result = Runner.run_streamed(agent, "go", **given)
+        told = [event.name async for event in result.stream_events() if event.type == "run_item_stream_event"]
+        write(folder, "told", told)
+        return result
+
+    async def main() -> dict[str, Any]:
+        result = await play()
+        return {
+            "output": result.final_output,
+            "items": [_plain(item) for item in result.new_items],
+            "responses": [response.response_id for response in result.raw_responses],
+            "usage": _usage(result.context_wrapper.usage),
+            "session": [_bare(item) for item in await session_of(folder, "sqlite", run_id).get_items()],
+        }
+
+    write(folder, "result", asyncio.run(main()))
+    records = default_runtime().client.run(journal.read(run_id, AgentsCodec()))
+    write(folder, "checkpoints", [len(each.value["state"]) for each in records if each.type == "checkpoint"])
+    default_runtime().stop()

@@ -263,3 +263,32 @@ def make() -> Agent[Any]:
             ComputerTool(computer=Screen()),
         ],
     )
+
+
+class Counting(Model):
+    """A model that calls a tool in each of so many turns."""
+
+    def __init__(self, turns: int) -> None:
+        self._turns = turns
+
+    def _answer(self, input: Any) -> tuple[int, list[Any]]:
+        turn = sum(isinstance(item, dict) and item.get("type") == "function_call" for item in input)
+        effect(f"turn {turn}")
+        if turn < self._turns:
+            return turn, [_call("tick").model_copy(update={"call_id": f"tick-{turn}"})]
+        return turn, _TURNS[-1]
+
+    get_response = Robot.get_response
+    stream_response = Robot.stream_response
+
+
+@function_tool
+def tick() -> str:
+    """Tick."""
+    effect("tick")
+    return "tock " * 40
+
+
+def long(turns: int) -> Agent[Any]:
+    """Return an agent that takes many turns."""
+    return Agent(name="long", model=Counting(turns), tools=[tick])
