@@ -1,6 +1,7 @@
 """An agent that compares the weather, finds a hotel and books it, once, however often its process is killed.
 
-It is a plain LangChain agent with plain tools. The last line before `main` is the one that makes it durable. Set
+It is a plain LangChain agent with plain tools. The last line before `main` is the one that makes it durable; the booking
+passes a key on that is the same however often it is made again. Set
 OPENAI_BASE_URL, OPENAI_API_KEY and LEDGER_URL (`make demo` does, with servers of `outlast.testing`). As a program it
 asks its question; `outlast worker weather_agent:agent` carries on what a program that was killed has left.
 """
@@ -15,7 +16,7 @@ from langchain.agents import create_agent
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
-from outlast import durable
+from outlast import current_step, durable
 
 QUESTION = "Where is the better weather this weekend, Paris or Lisbon? Book me a hotel there for two nights."
 
@@ -36,7 +37,8 @@ def find_hotel(city: str) -> str:
 def book_hotel(hotel: str, nights: int) -> str:
     """Book a hotel. This costs money: it must not happen twice."""
     body = json.dumps({"hotel": hotel, "nights": nights}).encode()
-    request = Request(urljoin(os.environ["LEDGER_URL"], "/bookings"), body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Idempotency-Key": current_step().idempotency_key}
+    request = Request(urljoin(os.environ["LEDGER_URL"], "/bookings"), body, headers)
     with urlopen(request, timeout=60) as response:
         return f"Booked {hotel} for {nights} nights: {json.load(response)['id']}"
 

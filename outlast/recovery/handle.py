@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
-from outlast.errors import RunCancelledError, RunFailedError
+from outlast.errors import OutlastError, RunCancelledError, RunFailedError, SidecarUnavailableError, StoreError
 from outlast.recovery import journal, runs
 from outlast.recovery.answers import Answer, give_answer, question
 from outlast.recovery.attempt import Attachment
@@ -17,10 +18,14 @@ from outlast.recovery.runs import RunHead, Status
 from outlast.recovery.runtime import Runtime
 from outlast.recovery.steps import Question
 
+logger = logging.getLogger("outlast.runtime")
+
 T = TypeVar("T")
 
 _FIRST_POLL: Final = 0.02
 _LONGEST_POLL: Final = 0.5
+_PATIENCE: Final = 60.0
+_AWAY: Final = (StoreError, SidecarUnavailableError)
 
 
 class RunHandle(Generic[T]):
@@ -89,26 +94,33 @@ class RunHandle(Generic[T]):
             TimeoutError: If the run is not there after `timeout` seconds; it goes on.
             RunFailedError: If the run failed; where that happened in this process, the agent's own exception instead.
             RunCancelledError: If the run was cancelled, or superseded by another one on its thread.
+            StoreError, SidecarUnavailableError: If the store answers nothing else for a minute; the run may go on.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        poll = _FIRST_POLL
+        poll, outage = _FIRST_POLL, _Outage()
         while True:
-            head = self._head()
-            if _settled(head):
-                return self._value(head)
-            self._attachment.settled.wait(self._pause(poll, deadline, head))
+            try:
+                head = outage.over(self._head())
+                if _settled(head):
+                    return self._value(head)
+            except _AWAY as error:
+                outage.bear(error)
+            self._attachment.settled.wait(self._pause(poll, deadline, outage))
             self._attachment.settled.clear()
             poll = min(poll * 1.5, _LONGEST_POLL)
 
     async def aresult(self, timeout: float | None = None) -> T:
         """Wait until the run has ended or waits for an answer. Async face of `result`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        poll = _FIRST_POLL
+        poll, outage = _FIRST_POLL, _Outage()
         while True:
-            head = await self._runtime.client.arun(runs.read(self.run_id))
-            if _settled(head):
-                return await asyncio.to_thread(self._value, head)
-            await self._asettled(self._pause(poll, deadline, head))
+            try:
+                head = outage.over(await self._runtime.client.arun(runs.read(self.run_id)))
+                if _settled(head):
+                    return await asyncio.to_thread(self._value, head)
+            except _AWAY as error:
+                outage.bear(error)
+            await self._asettled(self._pause(poll, deadline, outage))
             self._attachment.settled.clear()
             poll = min(poll * 1.5, _LONGEST_POLL)
 
@@ -130,12 +142,12 @@ class RunHandle(Generic[T]):
         finally:
             self._attachment.listeners.remove(tell)
 
-    def _pause(self, poll: float, deadline: float | None, head: RunHead) -> float:
+    def _pause(self, poll: float, deadline: float | None, outage: _Outage) -> float:
         if deadline is None:
             return poll
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"run {self.run_id!r} is still {head.status}; it goes on, ask again later")
+            raise TimeoutError(f"run {self.run_id!r} is still {outage.status}; it goes on, ask again later")
         return min(poll, left)
 
     def _value(self, head: RunHead) -> T:
@@ -208,6 +220,26 @@ class RunHandle(Generic[T]):
     async def acancel(self, compensate: bool = False) -> None:
         """Ask the run to end. Async face of `cancel`."""
         await asyncio.to_thread(self.cancel, compensate)
+
+
+class _Outage:
+    """A store that is away for a while does not end the waiting for a run, which goes on without its waiter."""
+
+    def __init__(self) -> None:
+        self.status: str = "unknown"
+        self._since: float | None = None
+
+    def over(self, head: RunHead) -> RunHead:
+        self._since, self.status = None, head.status
+        return head
+
+    def bear(self, error: OutlastError) -> None:
+        now = time.monotonic()
+        if self._since is None:
+            logger.warning("the state store does not answer, waiting goes on: %s", error)
+            self._since = now
+        if now - self._since > _PATIENCE:
+            raise error
 
 
 def _settled(head: RunHead) -> bool:

@@ -199,13 +199,16 @@ class Journal:
             self._enter(record)
 
     def _enter(self, record: Record) -> None:
-        self.records.append(record)
         if record.kind == "grant":
+            self.records.append(record)
             return
         slots = self._slots.setdefault(record.key, [])
         while len(slots) <= record.slot:
             slots.append(Slot(len(slots)))
         slot = slots[record.slot]
+        if record.kind in ("result", "error") and record.number < len(slot.outcomes):
+            return  # written again, because the acknowledgement of the first commit was lost
+        self.records.append(record)
         if record.kind == "intent":
             slot.intents += 1
         elif record.kind == "pause":
@@ -250,8 +253,6 @@ class Journal:
     def settle(self, place: Place, record: Record, round: Round) -> None:
         """Enter the outcome of a call that is recorded; again, changes nothing."""
         with self._lock:
-            if any(outcome is record for outcome in place.slot.outcomes):
-                return
             self._enter(record)
             self._given.setdefault((place.key, round), {})[place.slot.index] = len(place.slot.outcomes)
             place.slot.busy = False

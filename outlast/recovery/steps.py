@@ -39,6 +39,8 @@ logger = logging.getLogger("outlast.steps")
 T = TypeVar("T")
 
 _POLL: Final = 0.02
+_OUTAGE: Final = 30.0
+"""Seconds that a store may answer with errors before an outcome that cannot be recorded is given up."""
 _INFRASTRUCTURE: Final = (FencedError, StoreError, SidecarUnavailableError)
 _Type = type[BaseException]
 
@@ -405,14 +407,25 @@ def _committed(making: _Making, record: Record, then: Callable[[], None] = lambd
         if not future.cancelled() and future.exception() is None:
             then()
 
-    try:
-        future = making.attempt.journal.write(record)
-        future.add_done_callback(committed)
-        yield Wait(future)
-    except Exception as error:
-        # What cannot be recorded must not be built upon: no user code may catch this and go on.
-        making.attempt.end_with(Stop(error=error))
-        raise AttemptStopped from error
+    delay, until = _POLL, time.monotonic() + _OUTAGE
+    while True:
+        try:
+            future = making.attempt.journal.write(record)
+            future.add_done_callback(committed)
+            yield Wait(future)
+        except Exception as error:
+            away = isinstance(error, (StoreError, SidecarUnavailableError)) and not isinstance(
+                error, RecordTooLargeError
+            )
+            if away and time.monotonic() < until and not making.attempt.abandoned:
+                # The call is made and paid for: a store that is away for a while must not cost it.
+                yield Sleep(delay)
+                delay = min(delay * 2, 1.0)
+                continue
+            # What cannot be recorded must not be built upon: no user code may catch this and go on.
+            making.attempt.end_with(Stop(error=error))
+            raise AttemptStopped from error
+        return
 
 
 def _resolve_doubt(making: _Making) -> Steps[Record | None]:

@@ -218,3 +218,19 @@ def test_a_journal_is_deleted(connect: Connect, tmp_path: Path) -> None:
     client.run(journal.remove("run"))
     assert client.run(journal.read("run", CODEC)) == []
     assert unreachable(tmp_path / "outlast.db", client) == set()
+
+
+def test_an_outcome_written_twice_is_one(connect: Connect) -> None:
+    """As when the acknowledgement of its commit is lost, and it is committed again."""
+    made = opened(connect(), 1)
+    place = made.take("k", ROUND)
+    error = failing(place)
+    for _ in range(2):
+        made.write(error).result(10)
+    made.settle(place, error, ROUND)
+    again = made.take("k", ROUND)
+    done = record(again, "done")
+    made.write(done).result(10)
+    other = opened(connect(), 2)
+    assert [item.kind for item in other.records] == ["error", "result"]
+    assert [other.take("k", ROUND).found.kind for _ in range(2)] == ["error", "result"]  # type: ignore[union-attr]

@@ -41,6 +41,7 @@ from outlast import (
 from outlast.checkpointer.sidecar import Address
 from outlast.embedded import EmbeddedSidecar
 from outlast.recovery.runtime import Runtime
+from tests.checkpointer.test_client import Refused
 from tests.checkpointer.test_encrypted import everything
 from tests.journal.conftest import Broken, State, Twice, one_node
 
@@ -575,3 +576,35 @@ def test_what_fails_the_store_is_no_outcome_of_a_step(runtime: Runtime, name: Na
     handle = run(runtime, name(), lambda _: remember())
     assert handle.result(20)["out"] == "remembered"
     assert [record.kind for record in handle.steps()] == ["result"]
+
+
+def test_a_store_that_is_away_costs_no_call(
+    runtime: Runtime, name: Names, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store answers with errors from when the call is made; it is recorded once the store is back."""
+    calls: list[int] = []
+    stub = runtime.client._stub
+    away = threading.Event()
+
+    class Away:
+        def __getattr__(self, method: str) -> Any:
+            def call(request: Any, **more: Any) -> Any:
+                if away.is_set():
+                    raise Refused("dial tcp: connection refused")
+                return getattr(stub, method)(request, **more)
+
+            return call
+
+    @step
+    def pay() -> str:
+        calls.append(1)
+        away.set()
+        threading.Timer(1.0, away.clear).start()
+        return "paid"
+
+    monkeypatch.setattr(runtime.client, "_stub", Away())
+    handle = run(runtime, name(), lambda _: pay())
+    assert handle.result(30)["out"] == "paid"
+    assert calls == [1]
+    assert "waiting goes on" in caplog.text
+    assert [item.kind for item in handle.steps()] == ["result"]
