@@ -7,6 +7,9 @@ import dataclasses
 import json
 import logging
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from agents import SQLiteSession, set_default_openai_api, set_default_openai_cli
 from agents.items import ToolCallItem
 from openai import AsyncOpenAI
 
+from outlast import durable
 from outlast.adapters.openai_agents import DaprSession, Runner
 from outlast.adapters.openai_agents.codec import AgentsCodec
 from outlast.errors import RunNotFoundError
@@ -201,4 +205,60 @@ def long(folder: str, run_id: str, turns: int, mode: str, again: bool) -> None:
     write(folder, "result", asyncio.run(main()))
     records = default_runtime().client.run(journal.read(run_id, AgentsCodec()))
     write(folder, "checkpoints", [len(each.value["state"]) for each in records if each.type == "checkpoint"])
+    default_runtime().stop()
+
+
+def serve(folder: str, turns: int) -> None:
+    """Carry runs on until SIGTERM."""
+    begin(folder)
+    durable(workshop.long(turns))
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    default_runtime().start_worker()
+    print("serving", flush=True)  # noqa: T201
+    stopped.wait()
+    points.note("stopping")
+    default_runtime().stop(30)
+
+
+def start(folder: str, run_id: str, turns: int) -> None:
+    """Submit a run, and go."""
+    os.environ["OUTLAST_WORKER"] = "off"
+    begin(folder)
+    Runner.start(workshop.long(turns), "go", run_id=run_id, max_turns=None)
+
+
+def look(folder: str, run_id: str, turns: int) -> None:
+    """Say what a run has come to."""
+    begin(folder)
+    write(folder, "looked", {"output": Runner.get_run(workshop.long(turns), run_id).result(30).final_output})
+    default_runtime().stop()
+
+
+def ask(folder: str, run_id: str) -> None:
+    """Submit a run and wait until it waits."""
+    begin(folder)
+    run = Runner.start(workshop.asking(), "go", run_id=run_id)
+    run.result(30)
+    write(folder, "asked", [[item.id, item.tool] for item in run.approvals()])
+    default_runtime().stop()
+
+
+def answer(folder: str, run_id: str) -> None:
+    """Answer it."""
+    begin(folder)
+    run = Runner.get_run(workshop.asking(), run_id)
+    run.resume({"ask-1": "not this one", "ask-2": True})
+    while run.status() != "done":
+        time.sleep(0.05)
+
+
+def answered(folder: str, run_id: str) -> None:
+    """See what came of it."""
+    begin(folder)
+    run = Runner.get_run(workshop.asking(), run_id)
+    while run.status() != "done":
+        time.sleep(0.05)
+    items = run.result().new_items
+    write(folder, "outputs", sorted(str(item.output) for item in items if item.type == "tool_call_output_item"))
     default_runtime().stop()

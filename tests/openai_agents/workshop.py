@@ -292,3 +292,27 @@ def tick() -> str:
 def long(turns: int) -> Agent[Any]:
     """Return an agent that takes many turns."""
     return Agent(name="long", model=Counting(turns), tools=[tick])
+
+
+@function_tool(needs_approval=True)
+def wipe() -> str:
+    """Wipe."""
+    effect("wipe")
+    return "wiped"
+
+
+class Asking(Model):
+    """A model that asks for two approvals at once."""
+
+    def _answer(self, input: Any) -> tuple[int, list[Any]]:
+        if any(isinstance(item, dict) and item.get("type") == "function_call_output" for item in input):
+            return 1, _TURNS[-1]
+        return 0, [_call("wipe").model_copy(update={"call_id": f"ask-{number}"}) for number in (1, 2)]
+
+    get_response = Robot.get_response
+    stream_response = Robot.stream_response
+
+
+def asking() -> Agent[Any]:
+    """Return an agent that needs approvals."""
+    return Agent(name="asking", model=Asking(), tools=[wipe])
