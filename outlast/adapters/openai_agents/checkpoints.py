@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -33,7 +34,9 @@ from outlast.recovery.journal import Record
 logger = logging.getLogger("outlast.steps")
 
 EVERY: Final = 5
-"""Turns between checkpoints."""
+"""Turns between checkpoints; in a run so long that each turn costs the SDK much, fewer."""
+_LONG: Final = 150
+_EVERY_LONG: Final = 3
 TYPE: Final = "checkpoint"
 _TAIL: Final = 8
 """Items of the session that are remembered, to recognise its end."""
@@ -62,7 +65,7 @@ class Checkpoints:
         self._count = 0
         self._turn = self._last = 0
         self._off = False
-        self._responses = 0
+        self._responses = self._requests = 0
         self._items: list[Any] = []
         self._written: list[Any] = []
         self._progress = _Progress()
@@ -86,7 +89,7 @@ class Checkpoints:
                     "run %s: the checkpoint cannot be read by this release of the SDK; the run is replayed from its "
                     "beginning", self._attempt.run_id, exc_info=True,
                 )  # fmt: skip
-                self._before, self._count, self._responses = None, len(entered), 0
+                self._before, self._count, self._responses, self._requests = None, len(entered), 0, 0
                 self._items, self._written = [], []
                 skipped = 0
         else:
@@ -99,9 +102,11 @@ class Checkpoints:
     async def _load(self, entered: Sequence[tuple[int, Record]]) -> tuple[RunState[Any], int]:
         body: Any = None
         stored: list[Any] = []
+        usage: list[Any] = []
         for _, record in self._chain(entered):
             body = patched(None if record.value["whole"] else body, json.loads(record.value["state"]))
             stored += record.value["responses"]
+            usage += record.value["usage"]
         at, newest = entered[-1]
         value = newest.value
         context = value["context"]
@@ -109,6 +114,9 @@ class Checkpoints:
         responses = [results.CODEC.loads_typed((kind, data)) for kind, data in stored]
         state = await results.loads_state(self._agent, json.dumps(body), self._contexts.value)
         state._model_responses = responses
+        assert state._context is not None
+        state._context.usage.request_usage_entries = [results.CODEC.loads_typed((kind, data)) for kind, data in usage]
+        self._requests = len(usage)
         if value["same"]:
             state._generated_items = list(state._session_items)
         self._before, self._count, self._responses = body, len(entered), len(responses)
@@ -142,7 +150,8 @@ class Checkpoints:
             build: Returns the RunState in which the SDK would go on with this turn.
         """
         self._turn += 1
-        if self._off or self._turn - 1 - self._last < EVERY or self._place.track.replaying:
+        every = EVERY if self._turn < _LONG else _EVERY_LONG
+        if self._off or self._turn - 1 - self._last < every or self._place.track.replaying:
             return
         self._last = self._turn - 1
         try:
@@ -175,7 +184,12 @@ class Checkpoints:
         return {**results.state_body(state), "session_items": self._written}
 
     def _enter(self, state: RunState[Any]) -> None:
+        assert state._context is not None
         responses, state._model_responses = state._model_responses[self._responses :], []
+        spent = state._context.usage
+        requests = spent.request_usage_entries[self._requests :]
+        # A copy: the run goes on counting in its own.
+        state._context.usage = dataclasses.replace(spent, request_usage_entries=[])
         same = _same(state._generated_items, state._session_items)
         body = self._body(state)
         changes = difference(self._before, body) if self._before is not None else {"=": body}
@@ -186,6 +200,7 @@ class Checkpoints:
             "state": json.dumps(changes, separators=(",", ":")),
             "same": same,
             "responses": [list(results.CODEC.dumps_typed(response)) for response in responses],
+            "usage": [list(results.CODEC.dumps_typed(request)) for request in requests],
             "counts": self._place.counts,
             "session": None if known is None else known[-_TAIL:],
             "context": self._contexts.encoded(),
@@ -199,6 +214,7 @@ class Checkpoints:
         # Nobody waits for it: what is recorded after it is committed after it.
         self._attempt.journal.write(record)
         self._before, self._count, self._responses = body, self._count + 1, self._responses + len(responses)
+        self._requests += len(requests)
 
 
 class _Progress:
