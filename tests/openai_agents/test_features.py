@@ -504,3 +504,59 @@ def test_durable_takes_functions_and_refuses_what_is_no_agent(runtime: Runtime, 
         outlast.durable(object())
     with pytest.raises(TypeError, match="unexpected argument 'colour'"):
         build.start("hi", colour="red")
+
+
+def test_a_sandbox_is_refused_when_the_agent_is_made_durable(runtime: Runtime, name: Callable[[], str]) -> None:
+    from agents.sandbox import SandboxAgent
+
+    sandboxed = SandboxAgent(name=name(), model=scripted())
+    with pytest.raises(TypeError, match="sandbox"):
+        outlast.durable(Agent(name=name(), handoffs=[sandboxed]), runtime=runtime)
+
+
+async def test_replayed_steps_are_marked_in_one_trace(make: Callable[..., DurableAgent]) -> None:
+    from agents import add_trace_processor, set_trace_processors
+    from agents.tracing import TracingProcessor
+
+    class Kept(TracingProcessor):
+        def __init__(self) -> None:
+            self.traces: list[Any] = []
+            self.spans: list[Any] = []
+
+        def on_trace_start(self, trace: Any) -> None:
+            self.traces.append(trace)
+
+        def on_trace_end(self, trace: Any) -> None: ...
+        def on_span_start(self, span: Any) -> None: ...
+
+        def on_span_end(self, span: Any) -> None:
+            self.spans.append(span)
+
+        def shutdown(self) -> None: ...
+        def force_flush(self) -> None: ...
+
+    @function_tool(failure_error_function=None)
+    def once() -> str:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ValueError("not yet")
+        return "now"
+
+    tries: list[int] = []
+    kept = Kept()
+    set_trace_processors([])
+    add_trace_processor(kept)
+    set_tracing_disabled(False)
+    try:
+        agent = make([_call("once")], [assistant_message("done")], tools=[once])
+        run_id = f"{agent.name}-1"
+        with pytest.raises(Exception, match="not yet"):
+            await Runner.run(agent, "go", run_id=run_id)
+        await asyncio.to_thread(agent.get_run(run_id).retry)
+        assert (await agent.get_run(run_id).aresult()).final_output == "done"
+    finally:
+        set_tracing_disabled(True)
+    assert len({trace.trace_id for trace in kept.traces}) == 1
+    assert all(trace.metadata["outlast_run_id"] == run_id for trace in kept.traces)
+    marks = [span.span_data for span in kept.spans if span.span_data.type == "custom"]
+    assert [mark.data["type"] for mark in marks if mark.name == "outlast.replayed"] == ["model"]

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from agents import Agent, RunConfig, RunState
+from agents import Agent, Handoff, RunConfig, RunState
 
 from outlast.adapters.openai_agents import events, results
 from outlast.adapters.openai_agents.checkpoints import Checkpoints
@@ -252,19 +252,22 @@ _CONNECTED: Final = object()
 """Stands for a server that has no session of its own to look at."""
 
 
-def _servers(agent: Agent[Any], seen: set[int] | None = None) -> list[Any]:
-    """Return the MCP servers of an agent and of all it may hand off to or call."""
-    from agents import Handoff
+def reached_from(agent: Agent[Any], seen: dict[int, Agent[Any]] | None = None) -> list[Agent[Any]]:
+    """Return an agent and all that it may hand off to or call."""
+    seen = {} if seen is None else seen
+    if isinstance(agent, Agent) and id(agent) not in seen:
+        seen[id(agent)] = agent
+        for other in agent.handoffs:
+            target: Any = other
+            if isinstance(other, Handoff):
+                target = other._agent_ref() if other._agent_ref else None
+            reached_from(target, seen)
+        for tool in agent.tools:
+            reached_from(getattr(tool, "_agent_instance", None), seen)  # type: ignore[arg-type]
+    return list(seen.values())
 
-    seen = set() if seen is None else seen
-    if id(agent) in seen or not isinstance(agent, Agent):
-        return []
-    seen.add(id(agent))
-    found = list(agent.mcp_servers)
-    for other in agent.handoffs:
-        target = (other._agent_ref() if other._agent_ref else None) if isinstance(other, Handoff) else other
-        found += _servers(target, seen) if isinstance(target, Agent) else []
-    for tool in agent.tools:
-        nested = getattr(tool, "_agent_instance", None)
-        found += _servers(nested, seen) if isinstance(nested, Agent) else []
+
+def _servers(agent: Agent[Any]) -> list[Any]:
+    """Return the MCP servers of an agent and of all that it may hand off to or call."""
+    found = [server for each in reached_from(agent) for server in each.mcp_servers]
     return list({id(server): server for server in found}.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -45,7 +46,7 @@ async def step(scope: steps.Scope, place: Place, call: StepCall, invoke: Invoke)
         with within(Place(place.track, "", "step")):
             return await invoke()
 
-    todo = steps.perform(scope, replace(call, dumps=dumps, loads=loads), place.track.replayed)
+    todo = steps.perform(scope, replace(call, dumps=dumps, loads=loads), functools.partial(place.track.replayed, call))
     return await steps.arun(todo, inside)
 
 

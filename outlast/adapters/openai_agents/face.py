@@ -17,7 +17,7 @@ from outlast.adapters import loops
 from outlast.adapters.openai_agents import payload, results, seams, streams
 from outlast.adapters.openai_agents.codec import AgentsCodec
 from outlast.adapters.openai_agents.context import PLAIN, ContextCodec
-from outlast.adapters.openai_agents.drive import RUN_ID, Drive
+from outlast.adapters.openai_agents.drive import RUN_ID, Drive, reached_from
 from outlast.adapters.openai_agents.handle import AgentRun
 from outlast.adapters.openai_agents.place import locate
 from outlast.errors import RunNotFoundError
@@ -50,6 +50,7 @@ class DurableAgent:
             on; a session may be a function of the session's id.
 
     Raises:
+        TypeError: If the agent, or one it may hand off to or call, works in a sandbox.
         DuplicateAgentError: If another agent of this process has the name.
         UnsupportedSDKError: If this release of openai-agents lacks what outlast needs.
     """
@@ -80,6 +81,7 @@ class DurableAgent:
         self._if_busy: IfBusy = if_busy
         given = {"hooks": hooks, "error_handlers": error_handlers, "run_config": run_config}
         self._defaults = {**payload.checked(given), "session": session}
+        _refuse_sandboxes(agent)
         seams.activate()
         runtime.register(self, self._is_same)
 
@@ -276,6 +278,20 @@ class DurableAgent:
         except (concurrent.futures.CancelledError, asyncio.CancelledError):
             # The caller's loop ended in the middle; the next attempt goes on without it.
             return Outcome("yielded")
+
+
+def _refuse_sandboxes(agent: Agent[Any]) -> None:
+    """Refuse an agent whose tools work in a sandbox.
+
+    Raises:
+        TypeError: If it, or one it may hand off to or call, is such an agent.
+    """
+    for found in reached_from(agent):
+        if any(kind.__module__.startswith("agents.sandbox") for kind in type(found).__mro__):
+            raise TypeError(
+                f"agent {found.name!r} works in a sandbox, whose files and processes are lost with its worker: it "
+                "cannot be made durable. Give it tools that reach what they need from any process"
+            )
 
 
 _MISSING = f"{payload.MissingPartsError.__module__}.{payload.MissingPartsError.__qualname__}"

@@ -77,7 +77,7 @@ class JournaledModel(Model):
         await stop_if_draining(place)
         call = self._call(scope, place, args, kwargs)
         ask = functools.partial(self._outlast_model.get_response, *args, **kwargs)
-        todo = steps.perform(scope, call, place.track.replayed)
+        todo = steps.perform(scope, call, functools.partial(place.track.replayed, call))
         found: ModelResponse = await steps.arun(todo, functools.partial(_owned, scope, call, ask))
         place.answers += 1
         return found
@@ -92,7 +92,7 @@ class JournaledModel(Model):
             return
         await stop_if_draining(place)
         call = _streamed_call(self._call(scope, place, args, kwargs))
-        todo = steps.perform(scope, call, place.track.replayed)
+        todo = steps.perform(scope, call, functools.partial(place.track.replayed, call))
         async for event in _events(todo, ask, call, scope):
             if event.type in _TERMINAL:
                 # Before the consumer sees it: it stops reading there.

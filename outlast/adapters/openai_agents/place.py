@@ -11,17 +11,22 @@ import contextvars
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from agents.tracing import custom_span, get_current_trace
 
 from outlast.adapters.openai_agents.codec import AgentsCodec
 from outlast.recovery import steps
 from outlast.recovery.attempt import Attempt
 from outlast.recovery.journal import digest
+from outlast.recovery.steps import StepCall
 
 if TYPE_CHECKING:
     from outlast.adapters.openai_agents.context import Contexts
 
 _CODEC = AgentsCodec()
+REPLAYED: Final = "outlast.replayed"
+"""Name of the span that tells of a step whose outcome came from the journal."""
 
 
 class Track:
@@ -55,10 +60,13 @@ class Track:
         """Whether recorded outcomes are left that this attempt has not come to."""
         return self._left > 0
 
-    def replayed(self) -> None:
-        """A recorded outcome is given back."""
+    def replayed(self, call: StepCall) -> None:
+        """A recorded outcome is given back: the trace of the run gets a span that says so."""
         with self._lock:
             self._left -= 1
+        if get_current_trace() is not None:
+            with custom_span(REPLAYED, {"type": call.type, "name": call.name}):
+                pass
 
 
 class Place:

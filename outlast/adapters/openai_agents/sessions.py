@@ -6,6 +6,7 @@ beyond what the run knew to be there is not written again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -158,7 +159,8 @@ class JournaledSession:
             key=f"session/{digest(session_id)[:8]}/{name}{place.number(f'session {session_id} {name}')}",
         )
         call = replace(call, key="/".join(filter(None, (place.path, call.key))))
-        return await steps.arun(steps.perform(_at_root(scope), call, place.track.replayed), invoke)
+        replayed = functools.partial(place.track.replayed, call)
+        return await steps.arun(steps.perform(_at_root(scope), call, replayed), invoke)
 
 
 def _at_root(scope: steps.Scope) -> steps.Scope:
