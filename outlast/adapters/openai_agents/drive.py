@@ -252,7 +252,7 @@ _CONNECTED: Final = object()
 """Stands for a server that has no session of its own to look at."""
 
 
-def reached_from(agent: Agent[Any], seen: dict[int, Agent[Any]] | None = None) -> list[Agent[Any]]:
+def reached_from(agent: Any, seen: dict[int, Agent[Any]] | None = None) -> list[Agent[Any]]:
     """Return an agent and all that it may hand off to or call."""
     seen = {} if seen is None else seen
     if isinstance(agent, Agent) and id(agent) not in seen:
@@ -263,7 +263,7 @@ def reached_from(agent: Agent[Any], seen: dict[int, Agent[Any]] | None = None) -
                 target = other._agent_ref() if other._agent_ref else None
             reached_from(target, seen)
         for tool in agent.tools:
-            reached_from(getattr(tool, "_agent_instance", None), seen)  # type: ignore[arg-type]
+            reached_from(getattr(tool, "_agent_instance", None), seen)
     return list(seen.values())
 
 
