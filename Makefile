@@ -63,6 +63,9 @@ bench-recovery: setup dapr ## Measure how long a run stands still after a kill
 bench-journal: setup dapr ## Measure what recording a model call or a tool call costs
 	$(BIN)/python -m benchmarks.journal $(ARGS)
 
+bench-openai: setup ## Measure what a durable OpenAI Agents run costs, and its resume
+	$(BIN)/python -m benchmarks.openai_agents $(ARGS)
+
 clean: ## Remove .venv and what the tools left in the tree
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
