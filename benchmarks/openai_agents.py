@@ -5,7 +5,7 @@ that returns 1 KB. Prints milliseconds and stored bytes per turn, and for the re
 the program's own code to the first new model call, with the sidecar's and the worker's start in them; processes are
 killed by SIGKILL. Ratios count; the figures are one machine's, of one day.
 
-    python -m benchmarks.openai_agents [--turns 50 150 300] [--rounds 3]
+    make bench-openai            or            python -m benchmarks.openai_agents --turns 50 150 300 --rounds 3
 """
 
 from __future__ import annotations
