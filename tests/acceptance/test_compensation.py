@@ -33,7 +33,12 @@ def _killed_at(point: str, scenario: Scenario) -> None:
     with around(scenario) as world:
         first = scenario.fork("call_roles.submit", **ORDER, **names)
         first.wait()
-        assert died(first), first.tail()
+        if not died(first):
+            # The store is written in another order each time: then the run was undisturbed.
+            assert first.returncode == 0, first.tail()
+            assert not point.startswith("tool")
+            assert _booked(world) == [*DONE, *UNDONE]
+            return
         begun = {point.removesuffix(" before") for point in scenario.trace if point.endswith(" before")}
         scenario.fork("call_roles.recover", **ORDER, **names).check(60)
         recorded: Any = scenario.json("recorded")

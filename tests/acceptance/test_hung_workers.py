@@ -51,7 +51,8 @@ def test_a_blocked_event_loop_is_noticed_and_the_run_goes_on_elsewhere(scenario:
     before = scenario.ask("history", "trip", thread=unique), scenario.ask("history", "trip", thread=beside)
     # Given back at last, the old attempt commits nothing.
     scenario.go()
-    scenario.until(lambda: scenario.effects["left"] == 3, "the old attempt to go on")
+    # The other run's old attempt may come to its node, too, once the loop turns again.
+    scenario.until(lambda: scenario.effects["left"] >= 3, "the old attempt to go on")
     assert before == (
         scenario.ask("history", "trip", thread=unique),
         scenario.ask("history", "trip", thread=beside),
