@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-openai test test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal clean
+.PHONY: help setup demo demo-openai test test-kills test-chaos test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,13 @@ demo-openai: setup ## The same with an OpenAI agent: a support desk that is kill
 	@$(BIN)/python examples/support_desk.py demo
 
 test: setup ## Run the tests (no Dapr installation needed)
-	$(BIN)/pytest -n auto -rs -m "not dapr" $(ARGS)
+	$(BIN)/pytest -n auto -rs -m "not dapr and not slow" $(ARGS)
+
+test-kills: setup ## Kill runs at every call, and at random, on the embedded sidecar
+	$(BIN)/pytest tests/acceptance tests/openai_agents -n auto -rs -m "slow and not dapr" $(ARGS)
+
+test-chaos: setup ## Run `outlast chaos` on agents that keep the promise, and on some that do not
+	$(BIN)/pytest tests/chaos -rs $(ARGS)
 
 test-dapr: setup dapr ## Run the acceptance tests on a real Dapr runtime
 	$(BIN)/pytest -n auto -rs -m "dapr or acceptance" --sidecar=daprd $(ARGS)

@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.scenario import Scenario, Stage, died
 from tests.acceptance.world import World, around
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FAN = ("outline", "check", "polish")
 MODEL_CALLS = {

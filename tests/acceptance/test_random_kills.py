@@ -21,7 +21,7 @@ from tests.acceptance.scenario import Scenario, Stage
 from tests.acceptance.world import World, answer, around
 from tests.acceptance.zygote import Forked
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 IN_FLIGHT = 10
 AGENTS = ["rounds-sync", "rounds-async", "trio"]

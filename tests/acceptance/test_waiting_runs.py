@@ -13,7 +13,7 @@ import pytest
 from tests.acceptance.scenario import Scenario, Stage
 from tests.acceptance.zygote import Forked
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AGENT = "questions-1"
 FRUGAL = {"OUTLAST_CONCURRENCY": "4", "MALLOC_ARENA_MAX": "1"}

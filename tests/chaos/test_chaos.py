@@ -16,7 +16,7 @@ from outlast.testing.scripts import weather
 from tests.chaos import agents
 from tests.harness.procs import REPOSITORY, clean_env
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tests.acceptance.scenario import Scenario, Stage, died
 from tests.openai_agents import desk, workshop
 from tests.openai_agents.roles import MODEL_URL
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @contextmanager
