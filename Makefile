@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-openai test test-kills test-chaos test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal clean
+.PHONY: help setup demo demo-openai test test-kills test-chaos test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal bench-openai clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
