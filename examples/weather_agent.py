@@ -1,9 +1,9 @@
 """An agent that compares the weather, finds a hotel and books it, once, however often its process is killed.
 
-It is a plain LangChain agent with plain tools. The last line before `main` is the one that makes it durable; the booking
-passes a key on that is the same however often it is made again. Set
-OPENAI_BASE_URL, OPENAI_API_KEY and LEDGER_URL (`make demo` does, with servers of `outlast.testing`). As a program it
-asks its question; `outlast worker weather_agent:agent` carries on what a program that was killed has left.
+It is a plain LangChain agent with plain tools. The last line before `main` is the one that makes it durable; the
+booking passes a key on that is the same however often it is made again. Set OPENAI_BASE_URL, OPENAI_API_KEY and
+LEDGER_URL (`make demo` does, with servers of `outlast.testing`). As a program it asks its question; `outlast worker
+weather_agent:agent` carries on what a program that was killed has left.
 """
 
 import json
