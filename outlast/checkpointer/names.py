@@ -8,13 +8,15 @@ digest in the index and serialised beside its checkpoints. Ids (of threads, runs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ormsgpack
-from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from outlast.checkpointer import keys
 from outlast.checkpointer.blobs import Typed
+
+if TYPE_CHECKING:
+    from langgraph.checkpoint.serde.base import SerializerProtocol
 
 _PROBE: Final = "outlast, readable"
 
