@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from outlast.checkpointer.sidecar import configured, locate
 from outlast.cli._console import CommandError
 from outlast.embedded import default_path
 from outlast.errors import SidecarUnavailableError
-from outlast.recovery.runtime import WORKER, Runtime
+from outlast.recovery.runtime import Runtime
 
 
 @contextmanager
@@ -22,7 +21,6 @@ def opened(store: str) -> Iterator[Runtime]:
         CommandError: If that is the embedded one and its file does not exist.
         SidecarUnavailableError: If the configured sidecar does not answer; at once, unlike where runs are carried on.
     """
-    os.environ[WORKER] = "off"
     if not configured():
         path = default_path()
         if not path.exists():
@@ -38,7 +36,7 @@ def opened(store: str) -> Iterator[Runtime]:
             f"no answer from the {address}: {error}. Start it (`dapr run …`, `outlast sidecar`), or unset "
             "DAPR_GRPC_PORT and DAPR_GRPC_ENDPOINT to use the embedded one"
         ) from error
-    runtime = Runtime(store, address)
+    runtime = Runtime(store, address, works=False)
     try:
         yield runtime
     finally:

@@ -66,10 +66,11 @@ def load_agents(targets: list[str]) -> list[Any]:
     """Import the agents, with the worker kept from starting before all of them are known."""
     sys.path.insert(0, os.getcwd())
     os.environ[WORKER] = "off"
-    found = [_agent(target) for target in targets]
-    # Asked for by name: `outlast worker` works, also where OUTLAST_WORKER keeps other programs from it.
-    del os.environ[WORKER]
-    return found
+    try:
+        return [_agent(target) for target in targets]
+    finally:
+        # Asked for by name: `outlast worker` works, also where OUTLAST_WORKER keeps other programs from it.
+        del os.environ[WORKER]
 
 
 def _agent(target: str) -> Any:

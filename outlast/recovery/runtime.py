@@ -42,15 +42,23 @@ class Runtime:
         store: Name of the state store component.
         address: The sidecar; found in the environment, or started embedded on first use, if not given.
         guarantee: See StateClient.
+        works: Whether it carries runs on; else it only submits and reads.
     """
 
     def __init__(
-        self, store: str = "statestore", address: Address | None = None, *, guarantee: Guarantee = "exactly-once"
+        self,
+        store: str = "statestore",
+        address: Address | None = None,
+        *,
+        guarantee: Guarantee = "exactly-once",
+        works: bool = True,
     ) -> None:
         self.store = store
         self.guarantee: Guarantee = guarantee
         self.agents: dict[str, Agent] = {}
         self.breakers = Breakers()
+        self._works = works
+        self._stops = 0
         self._address = address
         self._lock = threading.RLock()
         self._client: StateClient | None = None
@@ -99,10 +107,14 @@ class Runtime:
                 )
             self.agents[agent.name] = agent
         if self._worker is None and self._may_have_runs():
-            threading.Thread(target=self._start_quietly, name="outlast-start", daemon=True).start()
+            starts = functools.partial(self._start_quietly, self._stops)
+            threading.Thread(target=starts, name="outlast-start", daemon=True).start()
+
+    def _may_work(self) -> bool:
+        return self._works and os.environ.get(WORKER, "").lower() != "off"
 
     def _may_have_runs(self) -> bool:
-        if os.environ.get(WORKER, "").lower() == "off":
+        if not self._may_work():
             return False
         if configured() or self._address:
             return True
@@ -110,9 +122,11 @@ class Runtime:
 
         return default_path().exists()
 
-    def _start_quietly(self) -> None:
+    def _start_quietly(self, stops: int) -> None:
         # A moment for the module to register its other agents.
         time.sleep(0.1)
+        if self._stops != stops:
+            return  # stopped meanwhile
         try:
             self.start_worker()
         except Exception as error:
@@ -124,7 +138,7 @@ class Runtime:
         Raises:
             SidecarUnavailableError: If no sidecar answers.
         """
-        if os.environ.get(WORKER, "").lower() == "off":
+        if not self._may_work():
             return None
         with self._lock:
             if self._worker is None and not self._closed:
@@ -140,6 +154,7 @@ class Runtime:
     def stop(self, grace: float = 5.0) -> None:
         """Stop the worker: attempts end at their next boundary, and are left to others after `grace` seconds."""
         with self._lock:
+            self._stops += 1
             worker, self._worker = self._worker, None
         if worker:
             worker.stop(grace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import datetime
 
@@ -188,3 +189,9 @@ def test_version_and_help(empty: Cli) -> None:
     assert version.stdout.startswith("outlast ")
     shown = empty("--help").stdout
     assert all(command in shown for command in ("demo", "worker", "sidecar", "runs", "show"))
+
+
+def test_a_command_leaves_the_environment_as_it_was() -> None:
+    CliRunner().invoke(app, ["worker", "nothing.of.that.name:agent"])
+    CliRunner().invoke(app, ["runs"])
+    assert "OUTLAST_WORKER" not in os.environ
