@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-openai test test-kills test-chaos test-dapr test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal bench-openai clean
+.PHONY: help setup demo demo-openai test test-kills test-chaos test-dapr test-dapr-kills test-stores test-faults lint format types dapr bench bench-checkpointer bench-recovery bench-journal bench-openai clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,10 @@ test-chaos: setup ## Run `outlast chaos` on agents that keep the promise, and on
 	$(BIN)/pytest tests/chaos -rs $(ARGS)
 
 test-dapr: setup dapr ## Run the acceptance tests on a real Dapr runtime
-	$(BIN)/pytest -n auto -rs -m "dapr or acceptance" --sidecar=daprd $(ARGS)
+	$(BIN)/pytest -n auto -rs -m "(dapr or acceptance) and not slow" --sidecar=daprd $(ARGS)
+
+test-dapr-kills: setup dapr ## Kill runs at every call, and at random, on a real Dapr runtime
+	$(BIN)/pytest tests/acceptance tests/openai_agents -n auto -rs -m "acceptance and slow" --sidecar=daprd $(ARGS)
 
 # Which stores: all that can be started here, or STORE=redis, or STORE=redis,mysql
 STORE ?= all
