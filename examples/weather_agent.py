@@ -37,7 +37,9 @@ def find_hotel(city: str) -> str:
 def book_hotel(hotel: str, nights: int) -> str:
     """Book a hotel. This costs money: it must not happen twice."""
     body = json.dumps({"hotel": hotel, "nights": nights}).encode()
-    headers = {"Content-Type": "application/json", "Idempotency-Key": current_step().idempotency_key}
+    headers = {"Content-Type": "application/json"}
+    if step := current_step(None):  # there is none where the graph is run without outlast
+        headers["Idempotency-Key"] = step.idempotency_key
     request = Request(urljoin(os.environ["LEDGER_URL"], "/bookings"), body, headers)
     with urlopen(request, timeout=60) as response:
         return f"Booked {hotel} for {nights} nights: {json.load(response)['id']}"

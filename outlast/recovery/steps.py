@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import enum
 import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 
 from outlast.checkpointer import keys
 from outlast.errors import (
@@ -131,19 +132,36 @@ def leave(token: contextvars.Token[Scope | None]) -> None:
     _SCOPE.reset(token)
 
 
-def current_step() -> StepInfo:
+class _Missing(enum.Enum):
+    MISSING = enum.auto()
+
+
+@overload
+def current_step() -> StepInfo: ...
+
+
+@overload
+def current_step(default: T) -> StepInfo | T: ...
+
+
+def current_step(default: Any = _Missing.MISSING) -> Any:
     """Return the step that this code runs in.
 
+    Args:
+        default: What to return outside of steps, for code that is also used without durable runs.
+
     Raises:
-        LookupError: If it runs in none.
+        LookupError: If it runs in none, and no default is given.
     """
     here = _SCOPE.get()
-    if here is None or here.info is None:
+    if here is not None and here.info is not None:
+        return here.info
+    if default is _Missing.MISSING:
         raise LookupError(
             "current_step() is called outside of a step: call it in a tool or in a function marked with @step, "
-            "while a durable run is carried out"
+            "while a durable run is carried out; current_step(None) is None elsewhere"
         )
-    return here.info
+    return default
 
 
 @dataclass(frozen=True)

@@ -370,6 +370,7 @@ def test_outside_of_a_durable_run_nothing_changes() -> None:
     assert model.counts == {"invoke": 2}
     with pytest.raises(LookupError, match="outside of a step"):
         current_step()
+    assert current_step(None) is None
 
 
 def test_importing_the_adapter_changes_nothing() -> None:
