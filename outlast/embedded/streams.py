@@ -102,7 +102,7 @@ class Streams:
             return sum(len(stream.turns) for stream in self._streams), sum(len(s.tasks) for s in self._streams)
 
     def assign(self, item: Turn | Task) -> WorkerStream | None:
-        """Choose the worker for an item: in turn, but rather one that answers, and one with room.
+        """Choose the worker for an item: in turn, but rather one that answers, and one that holds less.
 
         Returns None if no worker is connected.
         """
@@ -112,8 +112,10 @@ class Streams:
                 return None
             order = [self._streams[(self._next + index) % count] for index in range(count)]
             self._next = (self._next + 1) % count
-            # Else a frozen one would get its part of what others do to overtake it, again and again.
-            order.sort(key=lambda stream: stream.slow)
+            # Else a frozen one would get its part of what others do to overtake it, again and again: in turn alone it
+            # may be every activity, and never a turn that it does not answer.
+            held = "turns" if isinstance(item, Turn) else "tasks"
+            order.sort(key=lambda stream: (stream.slow, len(getattr(stream, held))))
             if isinstance(item, Turn):
                 stream = next((s for s in order if len(s.turns) < MAX_TURNS), order[0])
                 stream.turns[item.token] = item
