@@ -7,8 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from outlast.errors import StepFailedError
+from outlast.errors import RecordTooLargeError, SidecarUnavailableError, StepFailedError, StoreError
 from outlast.recovery.codec import Codec, Typed
+
+
+def away(error: BaseException) -> bool:
+    """Tell whether an error says that store or sidecar do not answer as they should, so that trying again may help."""
+    return isinstance(error, (StoreError, SidecarUnavailableError)) and not isinstance(error, RecordTooLargeError)
 
 
 def describe(error: BaseException) -> tuple[str, str]:

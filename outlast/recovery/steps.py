@@ -22,11 +22,8 @@ from outlast.errors import (
     CircuitOpenError,
     FencedError,
     JournalMismatchError,
-    RecordTooLargeError,
-    SidecarUnavailableError,
     StepInDoubtError,
     StepTimeoutError,
-    StoreError,
 )
 from outlast.recovery import failures
 from outlast.recovery.journal import Kind, Place, Record, Round, Usage, shortened
@@ -42,7 +39,6 @@ T = TypeVar("T")
 _POLL: Final = 0.02
 _OUTAGE: Final = 30.0
 """Seconds that a store may answer with errors before an outcome that cannot be recorded is given up."""
-_INFRASTRUCTURE: Final = (FencedError, StoreError, SidecarUnavailableError)
 _Type = type[BaseException]
 
 
@@ -348,7 +344,7 @@ def _make(making: _Making) -> Steps[Any]:
                 making.attempt.account.end(making, call.type, None, made=False)
                 yield from _not_in_doubt(making, tries - 1)
                 raise
-            if isinstance(error, _INFRASTRUCTURE) and not isinstance(error, RecordTooLargeError):
+            if isinstance(error, FencedError) or failures.away(error):
                 # Not the step failed but what keeps its run: no outcome of the step, and nothing to go on from.
                 making.attempt.end_with(Stop(error=error))
                 raise AttemptStopped from error
@@ -432,10 +428,7 @@ def _committed(making: _Making, record: Record, then: Callable[[], None] = lambd
             future.add_done_callback(committed)
             yield Wait(future)
         except Exception as error:
-            away = isinstance(error, (StoreError, SidecarUnavailableError)) and not isinstance(
-                error, RecordTooLargeError
-            )
-            if away and time.monotonic() < until and not making.attempt.abandoned:
+            if failures.away(error) and time.monotonic() < until and not making.attempt.abandoned:
                 # The call is made and paid for: a store that is away for a while must not cost it.
                 yield Sleep(delay)
                 delay = min(delay * 2, 1.0)

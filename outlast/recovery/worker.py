@@ -23,7 +23,6 @@ from outlast.errors import (
     CorruptRecordError,
     FencedError,
     OutlastError,
-    RecordTooLargeError,
     RunCancelledError,
     RunNotFoundError,
     SidecarUnavailableError,
@@ -36,7 +35,7 @@ from outlast.recovery.attempt import Agent, Attachment, Attempt, AttemptHungErro
 from outlast.recovery.budget import Account
 from outlast.recovery.codec import hides
 from outlast.recovery.ending import again_at, carry_on, deadline
-from outlast.recovery.failures import describe
+from outlast.recovery.failures import away, describe
 from outlast.recovery.journal import Journal
 from outlast.recovery.runs import RunHead
 from outlast.recovery.watch import Holdings, Watch
@@ -302,7 +301,7 @@ class Worker:
         self._until(done, attempt)
         if failure:
             error = failure[0]
-            if isinstance(error, (FencedError, *_RETRY)) and not isinstance(error, RecordTooLargeError):
+            if isinstance(error, FencedError) or away(error):
                 raise error
             logger.error("run %s: attempt failed outside the agent", attempt.run_id, exc_info=error)
             return Outcome("failed", error=describe(error), exception=error)

@@ -20,10 +20,10 @@ from langgraph.types import Command, Interrupt, StateSnapshot
 from outlast.adapters.langgraph.place import RunSaver
 from outlast.checkpointer.head import Entry
 from outlast.checkpointer.saver import DaprSaver
-from outlast.errors import FencedError, RecordTooLargeError, SidecarUnavailableError, StoreError
+from outlast.errors import FencedError
 from outlast.recovery.attempt import Attempt, Outcome
 from outlast.recovery.ending import stopped
-from outlast.recovery.failures import describe
+from outlast.recovery.failures import away, describe
 from outlast.recovery.runs import RunHead, Typed, spent
 
 _NULL_TASK: Final = "00000000-0000-0000-0000-000000000000"
@@ -163,12 +163,9 @@ class Drive:
         except GraphRecursionError:
             error = self._limit_reached()
             return Outcome("failed", error=describe(error), exception=error)
-        except RecordTooLargeError as error:
-            # Trying again would not help.
-            return Outcome("failed", error=describe(error), exception=error)
-        except (FencedError, StoreError, SidecarUnavailableError):
-            raise
         except Exception as error:
+            if isinstance(error, FencedError) or away(error):
+                raise
             return Outcome("failed", error=describe(error), exception=error)
 
     def _steps(self) -> Steps[Outcome]:

@@ -18,11 +18,11 @@ from outlast.adapters.openai_agents.context import ContextCodec, Contexts
 from outlast.adapters.openai_agents.place import Place, Track, within
 from outlast.adapters.openai_agents.seams import sdk_runner
 from outlast.adapters.openai_agents.sessions import journaled
-from outlast.errors import FencedError, SidecarUnavailableError, StoreError
+from outlast.errors import FencedError
 from outlast.recovery import runs
 from outlast.recovery.attempt import Attempt, Outcome
 from outlast.recovery.ending import stopped
-from outlast.recovery.failures import describe
+from outlast.recovery.failures import away, describe
 from outlast.recovery.runs import RunHead, Typed
 from outlast.recovery.runtime import Runtime
 
@@ -80,10 +80,10 @@ class Drive:
             outcome = await self._ended()
         except BaseException:
             # What user code made of the unwinding does not matter.
-            if self.attempt.stop is None and not self.attempt.abandoned:
+            if not self.attempt.stopped:
                 raise
         else:
-            if self.attempt.stop is None and not self.attempt.abandoned:
+            if not self.attempt.stopped:
                 return outcome
         return self._stopped()
 
@@ -102,9 +102,9 @@ class Drive:
     async def _ended(self) -> Outcome:
         try:
             return await self._run()
-        except (FencedError, StoreError, SidecarUnavailableError):
-            raise
         except Exception as error:
+            if isinstance(error, FencedError) or away(error):
+                raise
             return Outcome("failed", error=describe(error), exception=error)
 
     async def _run(self) -> Outcome:
